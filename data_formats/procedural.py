@@ -9,6 +9,7 @@ from .errors import DataFormatError, SkipRow, nearest
 from .example import Example
 from .gold import last_boxed
 from .options import Options, listed
+from .worked_solutions import WORKED_SOLUTIONS
 
 PREFIX = "reasoning_gym:"
 
@@ -47,7 +48,8 @@ def generate(path: str, options: Options) -> Iterator[Record]:
 
 
 def reasoning_gym(row: Row, context: Context) -> Example:
-    """question, answer, metadata.answer_cot (a worked solution that ends in "#### 288", where the generator writes one).
+    """question, answer, metadata.answer_cot (a worked solution that ends in "#### 288", where the generator writes one; else ours
+    from WORKED_SOLUTIONS).
 
     Puzzles that reasoning-gym gives no answer for (many solutions are right) are set aside. Without a worked solution the
     example is prompt-only.
@@ -58,6 +60,8 @@ def reasoning_gym(row: Row, context: Context) -> Example:
     if answer is None:
         raise SkipRow("the generator gives no single answer")
     steps = metadata.get("answer_cot")
+    if steps is None and metadata.get("source_dataset") in WORKED_SOLUTIONS:
+        steps = WORKED_SOLUTIONS[metadata["source_dataset"]](metadata)
     solution = target = None
     if isinstance(steps, str) and steps.strip():
         solution = steps.partition("####")[0].strip()
