@@ -37,6 +37,7 @@ class Adapter:
         that fits and refuses when two formats of that rank do.
     expand: for formats whose records are not examples one by one (several dialogues in a row, a tree over many rows):
         records -> records that are.
+    note: what whoever reads such data must know (a licence that forbids training), shown by `inspect`.
     """
 
     convert: Callable[[Row, Context], Example]
@@ -45,6 +46,7 @@ class Adapter:
     required: tuple[str, ...]
     rank: int
     expand: Callable[[Iterator[Record]], Iterator[Record]] | None = None
+    note: str | None = None
 
 
 @dataclass

@@ -68,6 +68,8 @@ def sharegpt(row: Row, context: Context) -> Example:
 
 
 def _fits_messages(row: Row) -> str | None:
+    if is_text(row, "problem", "solution"):
+        return None  # NuminaMath repeats its problems as messages
     turns = row.get("messages")
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         return "column messages, a list of turns written as text"

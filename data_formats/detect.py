@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .adapter import Adapter, Row
 from .errors import DataFormatError, nearest
 from .formats import FORMATS
@@ -10,17 +12,18 @@ from .options import listed
 SAMPLE = 64  # rows looked at
 
 
-def detect(rows: list[Row]) -> tuple[str, str]:
-    """(format, why) of the first rows of a file.
+def detect(rows: list[Row], columns: Iterable[str] = ()) -> tuple[str, str]:
+    """(format, why) of the first rows of a file, among the formats that read the `columns` the user has named.
 
     Every format that fits a row is a candidate for it; the highest rank wins (Adapter.rank). Rows that no format fits are left
     to the reading, which names their fault. Raises DataFormatError when no format fits any row, when two of the same rank fit,
     or when rows fit different formats.
     """
+    candidates = {name: adapter for name, adapter in FORMATS.items() if set(columns) <= set(adapter.columns)}
     votes: dict[str, tuple[int, str]] = {}
     first_row: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
-        fitting = {name: why for name, adapter in FORMATS.items() if (why := adapter.fits(row)) is not None}
+        fitting = {name: why for name, adapter in candidates.items() if (why := adapter.fits(row)) is not None}
         if not fitting:
             continue
         best = max(FORMATS[name].rank for name in fitting)
@@ -52,7 +55,7 @@ _PLAINER = {
     "metamath": ("query_response",),
     "mathinstruct": ("alpaca",),
     "tool_integrated": ("messages",),
-    "verl": ("prompt_completion",),
+    "verl": ("prompt_only",),
 }
 
 

@@ -73,10 +73,12 @@ def canonical(
     known = {**ROLES, **{k.strip().casefold(): v for k, v in roles.items()}} if roles else ROLES
     messages: list[Message] = []
     systems: list[str] = []
+    silent_user = False
     for turn in _as_list(turns, changes):
         message = _message(turn, known, changes)
         if not message["content"].strip():
             changes["empty turn removed"] += 1
+            silent_user |= message["role"] == "user" and not messages
         elif message["role"] == "system":
             if messages:
                 changes["late system turn moved to the front"] += 1
@@ -96,6 +98,8 @@ def canonical(
         if not messages:
             raise SkipRow("no assistant turn to learn from")
     if messages[0]["role"] == "assistant":
+        if silent_user:
+            raise SkipRow("the user's first turn is empty")
         changes["opening user turn added"] += 1
         messages.insert(0, {"role": "user", "content": opening})
     if systems:

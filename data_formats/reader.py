@@ -58,11 +58,13 @@ class Reader(Iterator[Example]):
         why = "chosen by the user"
         if format == "auto":
             try:
-                format, why = detect([record.row for record in head])
+                format, why = detect([record.row for record in head], options.columns)
             except DataFormatError as error:
                 raise error.at(path, None, self._source.unit) from None
         self.inspection.format, self.inspection.why = format, why
         self._adapter = FORMATS[format]
+        if self._adapter.note:
+            self.inspection.notes.append(self._adapter.note)
         self._check_columns()
         every = itertools.chain(head, records)
         self._examples = self._convert(self._adapter.expand(every) if self._adapter.expand else every)
