@@ -143,6 +143,16 @@ def has(row: Row, *columns: str) -> bool:
     return all(column in row for column in columns)
 
 
+def first_of(row: Row, columns: tuple[str, ...]) -> str | None:
+    """The first of these columns that is there."""
+    return next((column for column in columns if column in row), None)
+
+
+def first_of(row: Row, columns: tuple[str, ...]) -> str | None:
+    """The first of these columns that is there."""
+    return next((column for column in columns if column in row), None)
+
+
 def is_text(row: Row, *columns: str) -> bool:
     """Whether all columns are there and hold text."""
     return all(isinstance(row.get(column), str) for column in columns)

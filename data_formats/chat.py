@@ -38,6 +38,8 @@ def _conversation(row: Row, context: Context, column: str) -> Example:
     system = row.get("system")
     if isinstance(turns, list) and isinstance(system, str) and system.strip():
         turns = [{"role": "system", "content": system}, *turns]
+    if column == "messages" and isinstance(turns, list) and any(isinstance(t, dict) and "from" in t for t in turns):
+        context.changes["from and value read as role and content"] += 1
     answer = gold(row.get("answer"))
     messages = context.dialogue(turns, prompt_only=answer is not None)
     meta: dict[str, Any] = {**_tools(row), **pick(row, "id", "label", "source", "category", "dataset")}
@@ -98,7 +100,7 @@ def oasst_paths(records: Iterator[Record]) -> Iterator[Record]:
     children: dict[str | None, list[str]] = {}
     for record in records:
         row = record.row
-        name = row.get("task_message_id") or row.get("message_id")
+        name = row.get("message_id") or row.get("user_message_id")  # parent ids name these
         if not isinstance(name, str) or name in nodes:
             yield record._replace(row={"orphan": "message without an id of its own"})
             continue
@@ -106,15 +108,23 @@ def oasst_paths(records: Iterator[Record]) -> Iterator[Record]:
         nodes[name] = record
         children.setdefault(parent if isinstance(parent, str) and parent else None, []).append(name)
     reached: set[str] = set()
+    ends: set[str] = set()
     stack: list[list[str]] = [[root] for root in reversed(children.get(None, []))]
     while stack:
         path = stack.pop()
-        reached.add(path[-1])
-        below = children.get(path[-1], [])
+        leaf = path[-1]
+        reached.add(leaf)
+        below = children.get(leaf, [])
         if below:
             stack += [[*path, child] for child in reversed(below)]
+            continue
+        while len(path) > 1 and nodes[path[-1]].row.get("role") == "prompter":
+            path.pop()  # an unanswered question
+        if path[-1] in ends:
+            yield nodes[leaf]._replace(row={"orphan": "unanswered question: the path before it is another's"})
         else:
-            yield nodes[path[-1]]._replace(row={"path": [nodes[name].row for name in path], "id": path[-1]})
+            ends.add(path[-1])
+            yield nodes[leaf]._replace(row={"path": [nodes[name].row for name in path], "id": path[-1]})
     for name, record in nodes.items():
         if name not in reached:
             yield record._replace(row={"orphan": "message whose parent is not in the file"})
@@ -124,7 +134,7 @@ def oasst_tree(row: Row, context: Context) -> Example:
     """Open Assistant: flat messages (text, role prompter | assistant, parent id); one conversation for each path to a leaf."""
     if "orphan" in row:
         raise SkipRow(row["orphan"])
-    turns = [{"role": node.get("role"), "content": node.get("text")} for node in row["path"]]
+    turns = [{"from": node.get("role"), "value": node.get("text")} for node in row["path"]]
     return example(context.dialogue(turns), meta={"id": row["id"]})
 
 

@@ -149,9 +149,9 @@ def _message(turn: object, known: Mapping[str, str], changes: Counter[str]) -> M
     if role is None:
         close = nearest(name, known)
         raise SkipRow(f"unknown role {shorten(written, 30)}" + (f", nearest is {close!r}" if close else ""))
-    if written != role and written not in known:
+    if written not in known:
         changes["role's case or blanks put right"] += 1
-    elif written != role:
+    elif written != role and "role" in turn:
         changes["role renamed"] += 1
     content = turn["content"] if "content" in turn else turn.get("value")
     message: Message = {"role": role, "content": _content(content, changes)}

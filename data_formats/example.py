@@ -66,7 +66,7 @@ class Example:
                 words = f"{words}\n{message['content']}" if words else message["content"]
                 if len(words.split(None, 3)) > 3:
                     break
-        return words
+        return words or self.completion or ""
 
     @property
     def questions(self) -> list[str]:

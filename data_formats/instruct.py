@@ -6,17 +6,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .adapter import Adapter, Context, Record, Row, example, gold, has, is_text, missing_column, pick
+from .adapter import Adapter, Context, Record, Row, example, first_of, gold, has, is_text, missing_column, pick
 from .errors import SkipRow
 from .example import Example
 from .gold import find_answer
 
 _NO_INPUT = re.compile(r"\W*no[ _]?input\W*", re.IGNORECASE)
-
-
-def first_of(row: Row, columns: tuple[str, ...]) -> str | None:
-    """The first of these columns that is there."""
-    return next((column for column in columns if column in row), None)
 
 
 def _turns_of_history(row: Row) -> list[Row]:

@@ -105,6 +105,9 @@ class Documents:
             for inner, row in value.items():  # an object of objects of rows: CIMA
                 yield from self._row(row, inner)
             return
+        if name is not None and value == {}:
+            self._notes.append(f"{name!r} is empty")
+            return
         changes = self._reader.taken()
         self._number += 1
         if not isinstance(value, dict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .adapter import Adapter, Context, Row, example, gold, is_text, pick
+from .adapter import Adapter, Context, Row, example, first_of, gold, is_text, pick
 from .errors import SkipRow
 from .example import Example, Message
 from .gold import clean_number, find_answer, is_sentinel, last_boxed, last_hash, strip_calculator, to_answer
@@ -109,20 +109,26 @@ def _fits_math(row: Row) -> str | None:
 
 
 def metamath(row: Row, context: Context) -> Example:
-    """MetaMathQA: query, response, type, original_question. The GSM8K_Backward files: question or query, output, answer."""
+    """MetaMathQA: query, response, type, original_question. 
+
+    GSM8K_Backward: question, output and answer, or question and answer alone (prompt-only).
+    """
     query = "query" if "query" in row else "question"
-    response = "response" if "response" in row else "output"
-    question, text = context.text(row, query), context.text(row, response)
+    question = context.text(row, query)
+    response = first_of(row, ("response", "output"))
+    meta = pick(row, "type", "original_question", "original_answer")
+    if response is None:
+        return context.problem(question, None, answer=gold(row.get("answer")), meta=meta)
+    text = context.text(row, response)
     answer = gold(row.get("answer")) or find_answer(text)
     solution, target = _worked(text, answer, context)
-    meta = pick(row, "type", "original_question", "original_answer")
     return context.problem(question, target, answer=answer, solution=solution, meta=meta)
 
 
 def _fits_metamath(row: Row) -> str | None:
     if is_text(row, "original_question") and (is_text(row, "query") or is_text(row, "question")):
-        if is_text(row, "response") or is_text(row, "output"):
-            return "column original_question beside a question and a response"
+        if first_of(row, ("response", "output", "answer")):
+            return "column original_question beside a question"
     return None
 
 

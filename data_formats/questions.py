@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .adapter import Adapter, Context, Row, example, gold, has, missing_column, pick
+from .adapter import Adapter, Context, Row, example, first_of, gold, has, missing_column, pick
 from .chat import messages as read_messages
 from .errors import SkipRow, shorten
 from .example import Example
 from .gold import find_answer, last_boxed, strip_calculator, to_answer
-from .instruct import first_of
 
 _ANSWERS = ("answer", "golden", "final_answer", "expected_answer", "Answer")
 _SOLUTIONS = ("solution", "cot", "rationale", "explanation", "response")

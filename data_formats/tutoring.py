@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .adapter import Adapter, Context, Record, Row, example, has, is_text, pick
+from .dialogue import ROLES as SPEAKERS
 from .dialogue import clean_text
 from .errors import SkipRow
 from .example import Example, Message
@@ -93,7 +94,7 @@ def bridge(row: Row, context: Context) -> Example:
     """
     topic = context.text(row, "lesson_topic", required=False).strip()
     history = [_spoken(turn) for turn in context.listed(row, "c_h")]
-    if history and history[-1]["role"] == "student" and not history[-1]["content"].strip():
+    if history and history[-1]["role"] == "user" and not history[-1]["content"].strip():
         history[-1]["content"] = "(no reply)"
         context.changes["silent student turn written out"] += 1
     revision = [_spoken(turn) for turn in context.listed(row, "c_r_")]
@@ -117,7 +118,7 @@ def bridge(row: Row, context: Context) -> Example:
 def _opened(history: list[Message], topic: str) -> list[Message]:
     """The user turn that opens a dialogue whose history begins with the tutor."""
     first = next((turn for turn in history if turn["content"].strip()), None)
-    if first is None or first["role"].casefold() in ("tutor", "teacher"):
+    if first is None or first["role"] == "assistant":
         return [{"role": "user", "content": f"I need help with {topic}." if topic else "I need help."}]
     return []
 
@@ -126,7 +127,13 @@ def _spoken(turn: Any) -> Message:
     """{user: who speaks, text} as a turn."""
     if not isinstance(turn, dict) or not isinstance(turn.get("user"), str) or not isinstance(turn.get("text"), (str, type(None))):
         raise SkipRow("a turn without a speaker (user) and a text")
-    return {"role": turn["user"].strip().casefold(), "content": turn["text"] or ""}
+    return {"role": _role(turn["user"]), "content": turn["text"] or ""}
+
+
+def _role(speaker: str) -> str:
+    """user or assistant for the names files give to student and teacher; another name as it is, to be refused later."""
+    name = speaker.strip().casefold()
+    return SPEAKERS.get(name, name)
 
 
 def _fits_bridge(row: Row) -> str | None:
@@ -148,7 +155,7 @@ def mrbench(row: Row, context: Context) -> Example:
     if len(pieces) < 3 or pieces[0].strip():
         raise SkipRow("conversation_history names no speakers")
     spoken: list[Message] = [
-        {"role": speaker.casefold(), "content": said.strip(), "train": False}
+        {"role": _role(speaker), "content": said.strip(), "train": False}
         for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
     column = "tutor_responses" if "tutor_responses" in row else "anno_llm_responses"
@@ -167,7 +174,7 @@ def mrbench(row: Row, context: Context) -> Example:
     meta["question"] = asked[1].strip() if asked else "\n".join([topic, *(turn["content"] for turn in spoken)])
     meta["responses"] = [{"tutor": name, **reply} for name, reply in replies.items()]
     system = tutor_prompt(("Lesson", topic), _ground_truth(context, truth))
-    turns = [system, *_opened(spoken, topic or "this problem"), *spoken, {"role": "tutor", "content": expert.get("response")}]
+    turns = [system, *_opened(spoken, topic or "this problem"), *spoken, {"role": "assistant", "content": expert.get("response")}]
     return example(context.dialogue(turns), answer=answer, solution=solution, meta=meta)
 
 
@@ -201,22 +208,22 @@ def socrateach(row: Row, context: Context) -> Example:
         for turn in context.listed(row, "dialogue"):
             if not isinstance(turn, dict):
                 raise SkipRow("a turn of the dialogue is no object")
-            turns.append({"role": "teacher", "content": turn.get("system", turn.get("END"))})
+            turns.append({"role": "assistant", "content": turn.get("system", turn.get("END"))})
             if "user" in turn:
-                turns.append({"role": "student", "content": turn["user"]})
+                turns.append({"role": "user", "content": turn["user"]})
                 kinds.append(str(turn.get("user_type")))
         answer = clean_number(context.text(row, "answer", required=False))
         meta = {"question": question, "user_types": kinds}
         return example(context.dialogue(turns), answer=answer, solution=analysis, meta=meta)
-    turns = [tutor_prompt()]
     pairs = context.listed(row, "history")
+    turns = [tutor_prompt(), *([{"role": "user", "content": "I need help."}] if pairs else [])]
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise SkipRow("history is no list of [teacher, student] pairs")
     for teacher, student in pairs:
-        turns += [{"role": "teacher", "content": teacher, "train": False}, {"role": "student", "content": student}]
+        turns += [{"role": "assistant", "content": teacher, "train": False}, {"role": "user", "content": student}]
     turns += [
-        {"role": "student", "content": context.text(row, "prompt")},
-        {"role": "teacher", "content": context.text(row, "response")},
+        {"role": "user", "content": context.text(row, "prompt")},
+        {"role": "assistant", "content": context.text(row, "response")},
     ]
     kind, _, problem = str(row.get("id", "")).partition("#")
     return example(context.dialogue(turns), meta={"student_reply": kind, "problem_id": problem} if problem else {})
@@ -294,9 +301,9 @@ def cima(row: Row, context: Context) -> Example:
     truth = ("Vocabulary", words if context.options.ground_truth_in_system else "")
     system = tutor_prompt(truth, role="You are a tutor of Italian. Help the student find the words by themselves.")
     spoken = [
-        {"role": "student" if place % 2 else "tutor", "content": said, "train": False} for place, said in enumerate(past)
+        {"role": "user" if place % 2 else "assistant", "content": said, "train": False} for place, said in enumerate(past)
     ]
-    turns = [system, {"role": "user", "content": "I am ready."}, *spoken, {"role": "tutor", "content": row["reply"]}]
+    turns = [system, {"role": "user", "content": "I am ready."}, *spoken, {"role": "assistant", "content": row["reply"]}]
     meta = {"question": clean_text("\n".join(map(str, past)), context.changes), **pick(row, "id")}
     if row.get("action") is not None:
         meta["actions"] = row["action"]
