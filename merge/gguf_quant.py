@@ -29,7 +29,8 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 def _range(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest of each block, (n, 1) each. torch.aminmax over a short last dimension is four times as slow."""
+    """Smallest and largest of each block, (n, 1) each. torch.aminmax over a short last dimension is four times as
+    slow."""
     return blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
 
 
@@ -115,6 +116,9 @@ BLOCK_QUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Types that store blocks of 32: (blocks, 32) fp32, overwritten -> (blocks, bytes of a block) uint8."""
 
+BLOCK_BYTES: dict[str, int] = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24}
+"""Bytes of a block."""
+
 # fp16 holds at most 65504: a weight past that, or a block whose scale is past it, would become infinite in the file.
 LARGEST: dict[str, float] = {
     "F32": float("inf"),
@@ -132,8 +136,8 @@ LARGEST: dict[str, float] = {
 def quantize(rows: Tensor, kind: str) -> Tensor:
     """Encode rows of weights as one GGML type.
 
-    rows: (n, columns) fp32, finite, contiguous, overwritten; columns a multiple of 32 for the block types. kind: a key of
-    FLOATS or BLOCK_QUANTIZERS. Returns (n, bytes of a row) uint8, the bytes that `gguf.quants.quantize` would give.
+    rows: (n, columns) fp32, finite, contiguous, overwritten; columns a multiple of 32 for the block types. kind: a key
+    of FLOATS or BLOCK_QUANTIZERS. Returns (n, bytes of a row) uint8, the bytes that `gguf.quants.quantize` would give.
     """
     if kind in FLOATS:
         return rows.to(FLOATS[kind]).view(torch.uint8)
