@@ -26,7 +26,6 @@ from finetune import pipeline, usage
 from finetune.config import Config
 from finetune.errors import UserError
 from finetune.run import Run
-from merge import MergeError
 
 FREE_ON_RESUME = ("recipe", "resume", "run_dir", "stages", "debug")
 """What may differ from the stored configuration when a run is resumed."""
@@ -56,7 +55,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nStopped. What was finished is kept; go on with resume=DIR.", file=sys.stderr)
         sys.exit(130)
-    except (UserError, DataFormatError, MergeError, HydraException, OmegaConfBaseException, OSError) as error:
+    except (UserError, DataFormatError, HydraException, OmegaConfBaseException, OSError) as error:
         if debug:
             traceback.print_exc()
         print(f"Error: {explain(error)}", file=sys.stderr)

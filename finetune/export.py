@@ -19,7 +19,7 @@ log = logging.getLogger("finetune")
 def merge(config: Config, run: Run) -> Result:
     """The merge stage: fold the last adapter into the full-precision base, `merged/` with card and certificate.
 
-    Raises UserError where there is no adapter, and MergeError where the fold cannot be done exactly or changes nothing.
+    Raises UserError where there is no adapter, or the fold cannot be done exactly or changes nothing.
     """
     base = models.resolve(config.merge.base or config.model.path)
     adapter = Path(config.merge.adapter) if config.merge.adapter else run.last_adapter()
@@ -31,9 +31,12 @@ def merge(config: Config, run: Run) -> Result:
         run.discard("merged")  # left by an attempt that was killed after the rename
     with Progress(TextColumn("merge"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("merge", total=None)
-        certificate = merger.fold(
-            base, adapter, out, onto=config.merge.onto, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+        try:
+            certificate = merger.fold(
+                base, adapter, out, onto=config.merge.onto, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            )
+        except merger.MergeError as error:
+            raise UserError(f"merge: {error}") from error
     write_atomic(out / "README.md", model_card(config, base, certificate))
     log.info("merge: %s\n%s", out, certificate.table())
     return Result({"base": base, "adapter": adapter}, ["merged"] if inside else [])
