@@ -159,22 +159,25 @@ def start_logging(path: Path) -> None:
 def explain(error: Exception) -> str:
     """One message for a user's mistake, whichever library noticed it."""
     text = str(error).strip()
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.filename or text}). Free some space and go on with resume=DIR; what was finished is kept."
-    if isinstance(error, OSError) and not isinstance(error, UserError):
-        return f"{error.filename or ''}: {error.strerror or text}".lstrip(": ")
-    if match := re.search(r"Could not find '([^']+)/([^']+)'\n\nAvailable options in '[^']+':\n(.*)", text, re.DOTALL):
+    if not isinstance(error, OmegaConfBaseException | HydraException):
+        if isinstance(error, OSError):
+            return explain_os_error(error)
+        return text
+    if match := re.search(r"Could not find '([^']+)/([^']+)'\n\nAvailable options in '[^']+':\n(.*?)\nConfig search path", text, re.DOTALL):
         group, found, options = match[1], match[2], match[3].split()
         return f"{group}={found}: unknown. Expected one of {', '.join(options)}.{nearest(found, options)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]}: unknown key. See --help for all keys.{nearest(match[1], list(usage.keys()))}"
-    if match := re.search(r"Could not override '([^']+)'.\nNo match in the defaults list", text):
-        return f"{match[1]}: unknown group. See --help for the groups."
-    if isinstance(error, OmegaConfBaseException | HydraException):
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
-        return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0]
-    return text
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
+    return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0]
+
+
+def explain_os_error(error: OSError) -> str:
+    """A full disk says what to do; everything else names the file and the system's reason."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or error}). Free some space and go on with resume=DIR; what was finished is kept."
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
 
 
 def nearest(found: str, allowed: list[str]) -> str:
