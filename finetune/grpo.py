@@ -94,16 +94,16 @@ def train(config: Config, run: Run) -> Result:
         "remove_unused_columns": False,
     }
     metrics = training.Metrics(run, "grpo")
-    trainer = Trainer(
-        model=policy,
-        args=GRPOConfig(**arguments | PRESETS[settings.preset] | settings.extra),
-        reward_funcs=functions,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=[metrics, training.CheckpointMarker()],
-        metrics=metrics,
-    )
-    models.to_fp32(trainer.model)
+    with models.fp32_adapter(policy):
+        trainer = Trainer(
+            model=policy,
+            args=GRPOConfig(**arguments | PRESETS[settings.preset] | settings.extra),
+            reward_funcs=functions,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[metrics, training.CheckpointMarker()],
+            metrics=metrics,
+        )
     training.fit(trainer, checkpoints)
     with run.output("grpo/adapter") as folder:
         models.save_adapter(trainer.model, tokenizer, folder)

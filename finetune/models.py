@@ -4,6 +4,8 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -240,12 +242,19 @@ def start_adapter(config: Config, run: Run) -> Path | None:
     return trained if trained.is_dir() else None
 
 
-def to_fp32(model: "PeftModel") -> None:
-    """Cast trainable parameters to fp32: TRL casts QLoRA adapters to bf16, where small updates are lost and, under fp16,
-    the GradScaler raises (trl SFTTrainer and GRPOTrainer, `_is_quantized_model`; https://github.com/huggingface/peft/issues/2889)."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+@contextmanager
+def fp32_adapter(model: "PeftModel") -> Iterator[None]:
+    """Keep the trainable weights in fp32, exactly as they were, around the construction of a TRL trainer.
+
+    TRL casts QLoRA adapters to bf16, where small updates are lost and, under fp16, the GradScaler raises (trl SFTTrainer and
+    GRPOTrainer, `_is_quantized_model`; https://github.com/huggingface/peft/issues/2889). Casting back would keep the rounding:
+    a GRPO policy would then start off its own reference.
+    """
+    kept = {name: parameter.detach().clone().float() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            parameter.data = kept[name]
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

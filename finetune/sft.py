@@ -66,7 +66,7 @@ def train(config: Config, run: Run) -> Result:
     dataset = data.sft_dataset(data.load(config, run).train, tokenizer, config)
 
     torch.manual_seed(config.seed)
-    model = models.load_base(base, config.model, choices)
+    policy = models.new_adapter(models.load_base(base, config.model, choices), config.lora)
     checkpoints = run.path("sft/checkpoints")
     arguments = training.trainer_arguments(config, config.sft, choices, checkpoints) | {
         "max_length": None,  # data.sft_dataset has seen to the length
@@ -75,17 +75,16 @@ def train(config: Config, run: Run) -> Result:
         "remove_unused_columns": True,
     }
     metrics = training.Metrics(run, "sft")
-    trainer = Trainer(
-        model=model,
-        args=SFTConfig(**arguments | config.sft.extra),
-        train_dataset=dataset,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
-        processing_class=tokenizer,
-        peft_config=models.peft_config(config.lora),
-        callbacks=[metrics, training.CheckpointMarker()],
-        metrics=metrics,
-    )
-    models.to_fp32(trainer.model)
+    with models.fp32_adapter(policy):
+        trainer = Trainer(
+            model=policy,
+            args=SFTConfig(**arguments | config.sft.extra),
+            train_dataset=dataset,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+            processing_class=tokenizer,
+            callbacks=[metrics, training.CheckpointMarker()],
+            metrics=metrics,
+        )
     training.fit(trainer, checkpoints)
     with run.output("sft/adapter") as folder:
         models.save_adapter(trainer.model, tokenizer, folder)
