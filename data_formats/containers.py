@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import re
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -132,7 +131,9 @@ def _binary(place: Path, head: bytes, packed: str) -> Source | None:
 def _seekable(place: Path, packed: str) -> IO[bytes]:
     if not packed:
         return place.open("rb")
-    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - closed when its reader is done with it
+    import tempfile
+
+    unpacked = tempfile.TemporaryFile()
     with _open(place) as file:
         while block := file.read(1 << 20):
             unpacked.write(block)

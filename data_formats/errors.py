@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,6 +36,8 @@ class SkipRow(Exception):
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to `name` (case and blanks aside), or None when nothing is close."""
+    import difflib  # only needed for a message: it is slow to import
+
     plain = {str(k).strip().casefold().replace(" ", "_"): str(k) for k in known}
     close = difflib.get_close_matches(str(name).strip().casefold().replace(" ", "_"), plain, n=1, cutoff=0.55)
     return plain[close[0]] if close else None

@@ -45,6 +45,7 @@ class Reader(Iterator[Example]):
 
     def __init__(self, path: str | Path, format: str, options: Options, *, log: bool) -> None:
         self._options, self._log_at_end = options, log
+        self._named_path = self._stem = ""
         if format != "auto" and format not in FORMATS:
             close = nearest(format, FORMATS)
             hint = f"did you mean {close!r}? " if close else ""
@@ -114,7 +115,9 @@ class Reader(Iterator[Example]):
 
     def _named(self, example: Example, record: Record) -> Example:
         """With its id and the place it came from."""
-        stem = Path(record.path).name.split(".")[0]
+        if record.path != self._named_path:
+            self._named_path, self._stem = record.path, Path(record.path).name.split(".")[0]
+        stem = self._stem
         row = record.row
         own = example.meta.pop("id", None)
         if own is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -125,9 +124,11 @@ def xml_rows(file: IO[bytes], path: str) -> Iterator[Record]:
 
     Entities defined in the file are refused: data has no use for them, and they can blow up memory.
     """
+    import xml.etree.ElementTree as ElementTree
+
     events = ElementTree.iterparse(file, events=("start", "end"))
     number = 0
-    parents: list[ElementTree.Element] = []
+    parents: list[Any] = []
     try:
         for event, element in events:
             if event == "start":
