@@ -157,7 +157,9 @@ class GrpoConfig:
     temperature: float = 1.0
     """Sampling temperature of the rollouts."""
     rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
-    """Reward functions (finetune.rewards.REWARDS, or package.module:function) and their weights."""
+    """Reward functions (finetune.rewards.REWARDS, or package.module.function) and their weights."""
+    reward_seconds: float = 60.0
+    """Longest time that one of your own reward functions may take for a batch of completions, seconds."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     save_steps: int = 10
@@ -168,7 +170,7 @@ class GrpoConfig:
     def __post_init__(self) -> None:
         one_of("grpo.preset", self.preset, ("paper", "dapo", "dr_grpo", "gspo", "cispo"))
         for name in ("max_steps", "learning_rate", "batch_size", "micro_batch_size", "max_completion_length",
-                     "temperature", "save_steps"):
+                     "temperature", "save_steps", "reward_seconds"):
             positive(f"grpo.{name}", self.__dict__[name])
         if self.group_size < 2:
             raise UserError(f"grpo.group_size={self.group_size}: expected 2 or more, an advantage needs a group.")

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from finetune import data, generation, hardware, models, rewards, training
+from finetune import data, diagnosis, generation, hardware, models, training
 from finetune.config import Config
+from finetune.rewards import guard
 from finetune.rollout import DensePolicy
 from finetune.run import Result, Run
 
@@ -75,7 +76,7 @@ def train(config: Config, run: Run) -> Result:
     base = models.resolve(config.model.path)
     tokenizer = models.load_tokenizer(base, config.model)
     dataset = data.grpo_dataset(data.load(config, run).train, config)
-    functions = [rewards.find(name) for name in config.grpo.rewards]
+    functions = guard.guarded(config.grpo.rewards, config.grpo.reward_seconds)
 
     torch.manual_seed(config.seed)
     start = models.start_adapter(config, run)
@@ -104,7 +105,8 @@ def train(config: Config, run: Run) -> Result:
             callbacks=[metrics, training.CheckpointMarker()],
             metrics=metrics,
         )
-    training.fit(trainer, checkpoints)
+    with diagnosis.checkpoint_on_failure(trainer):
+        training.fit(trainer, checkpoints)
     with run.output("grpo/adapter") as folder:
         models.save_adapter(trainer.model, tokenizer, folder)
     inputs = {"base": base} | ({"adapter": start} if start else {}) | data.inputs(config, run)

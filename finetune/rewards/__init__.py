@@ -3,7 +3,7 @@
 A reward is called as TRL calls it, `reward(prompts=..., completions=..., completion_ids=..., answer=..., **columns)`: each
 argument is a list with one entry a completion; `completions[i]` is a list of messages, and every column of the data is there
 (answer, answer_type, solution, id, meta as JSON). It returns a list of floats of the same length. Your own is named in the
-configuration by its dotted path: `grpo.rewards={correct: 1.0, my_package.my_module:my_reward: 0.5}`.
+configuration by its dotted path: `grpo.rewards={correct: 1.0, my_package.my_module.my_reward: 0.5}`.
 """
 
 import importlib
@@ -17,12 +17,12 @@ REWARDS: dict[str, Callable[..., list[float]]] = {"correct": correct, "boxed": b
 
 
 def find(name: str) -> Callable[..., list[float]]:
-    """A reward by its name in REWARDS or its dotted path `package.module:function`. Raises UserError when there is none."""
+    """A reward by its name in REWARDS or its dotted path `package.module.function`. Raises UserError when there is none."""
     if name in REWARDS:
         return REWARDS[name]
-    module, _, function = name.partition(":")
-    if not function:
-        raise UserError(f"grpo.rewards: '{name}' is unknown. Expected one of {', '.join(REWARDS)}, or package.module:function.")
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise UserError(f"grpo.rewards: '{name}' is unknown. Expected one of {', '.join(REWARDS)}, or package.module.function.")
     try:
         found = vars(importlib.import_module(module))[function]
     except ModuleNotFoundError as error:
