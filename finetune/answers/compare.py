@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from fractions import Fraction
 
 from . import structure
 from .extraction import boxes, extract
@@ -12,24 +11,32 @@ from .quantities import Number, Unit, close, parse_quantity, split_unit, units_a
 _TRUE = {"true", "yes", "correct", "right", "对", "是", "正确", "√"}
 _FALSE = {"false", "no", "incorrect", "wrong", "错", "否", "不是", "错误", "×"}
 _NOTHING = {"no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set", "empty", r"\emptyset", "无解", "{}", r"\{\}"}
-_OPTION = re.compile(r"\(?([A-Ja-j])(?:[).:]|\s*\)|$)\s*(.*)", re.S)
+_OPTION = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|选项)\s*)?\(?([A-Ja-j])(?:[).:]|\s*\)|$)\s*(.*)", re.S)
 _STATEMENT = re.compile(r"####|\banswer\b|答案|故选|</think>", re.I)
 _MAX_DEPTH = 6
 
 
 def same(gold: str, predicted: str, kind: str | None = None) -> bool:
     """Whether `predicted` states the answer `gold`. `kind` is the hint described in `finetune.answers.equal`."""
-    gold, predicted = _stated(gold), _stated(predicted)
+    if boxes(gold)[0] or _STATEMENT.search(gold):
+        gold = extract(gold) or gold
     g, p = normalise(gold), normalise(predicted)
-    return bool(g) and bool(p) and _same(g, p, kind, 0)
+    if not g or not p:
+        return False
+    stated = extract(predicted) if _is_prose(predicted) else None
+    if boxes(predicted)[0] or _STATEMENT.search(predicted):
+        return bool(stated) and _same(g, normalise(stated or ""), kind, 0)
+    return _same(g, p, kind, 0) or (stated is not None and normalise(stated) != p and _same(g, normalise(stated), kind, 0))
 
 
-def _stated(text: str) -> str:
-    """The answer in `text`, where `text` is more than an answer."""
-    prose = len(re.findall(r"(?<!\\)\b[a-zA-Z]{2,}", re.sub(r"\\(?:text|mbox|begin|end)\w*\s*\{[^{}]*\}", "", text))) > 7
-    if prose or boxes(text)[0] or _STATEMENT.search(text) or re.search(r"\n|```|\$\$|\\\[", text):
-        return extract(text) or text
-    return text
+def _is_prose(text: str) -> bool:
+    """Whether `text` is more than an answer: a sentence, lines, or words around a formula."""
+    if boxes(text)[0] or _STATEMENT.search(text) or ("\n" in text and r"\begin" not in text) or re.match(r"[a-zA-Z]{2,}\s*:", text):
+        return True
+    plain = re.sub(r"\\(?:text|mbox|begin|end)\w*\s*\{[^{}]*\}|\\[a-zA-Z]+", "", text)
+    delimited = re.sub(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]", "", plain)
+    count = len(re.findall(r"[a-zA-Z]{2,}", delimited))
+    return count >= 4 or (count >= 1 and delimited != plain)
 
 
 def _same(gold: str, predicted: str, kind: str | None, depth: int) -> bool:
@@ -74,7 +81,7 @@ def _choices(gold: str, predicted: str, kind: str | None, depth: int) -> bool | 
         if bare and letter.islower() and kind is None:
             return None  # two variables
         if letter.casefold() != other.casefold():
-            return bool(text) and bool(other_text) and _same(text, other_text, None, depth + 1) if False else False
+            return False
         return True
     if letter and text and not other:
         return _same(text, predicted, None, depth + 1)
@@ -182,9 +189,11 @@ def _relations(gold: str, predicted: str, kind: str | None, depth: int) -> bool 
     a, b = structure.relation(gold), structure.relation(predicted)
     if a is None and b is None:
         return None
-    bare, other_bare = _answer_side(a, gold), _answer_side(b, predicted)
+    bare, other_bare = _answer_side(a, gold), _answer_side(b, predicted, sums=a is None)
     if (a is None or b is None) and bare and other_bare:
         return _same(bare, other_bare, kind, depth + 1)
+    if (a is None and b and set(b[1]) == {"="}) or (b is None and a and set(a[1]) == {"="}):
+        return False  # an equation that gives no value is not a value
     left, right = a and structure.interval(*a), b and structure.interval(*b)
     if left and right:
         return left[0] == right[0] and _same(left[1], right[1], None, depth + 1) or None
@@ -200,16 +209,16 @@ def _relations(gold: str, predicted: str, kind: str | None, depth: int) -> bool 
     return None
 
 
-def _answer_side(parts: tuple[list[str], list[str]] | None, text: str) -> str | None:
+def _answer_side(parts: tuple[list[str], list[str]] | None, text: str, sums: bool = False) -> str | None:
     r"""What `text` gives as the answer: the last side of `x = 5 + 6 = 11`, the side before `\approx`, the set of `x \in A`."""
     if parts is None:
         return text
     sides, signs = parts
     while signs and signs[-1] == "~" and not (len(sides) == 2 and structure.is_name(sides[0])):
         sides, signs = sides[:-1], signs[:-1]
-    if all(sign in ("=", "in", "~") for sign in signs) and (structure.is_name(sides[0]) or len(sides) > 2) or not signs:
+    if all(sign in ("=", "in", "~") for sign in signs) and (structure.is_name(sides[0], sums) or len(sides) > 2) or not signs:
         return sides[-1]
-    if all(sign == "=" for sign in signs) and not re.search("[a-zA-Z]", "".join(sides)):
+    if all(sign == "=" for sign in signs) and not re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", "".join(sides))):
         return sides[-1]  # 2 + 3 = 5
     return None
 
@@ -262,16 +271,15 @@ def _in_order(gold: tuple[str, ...], predicted: tuple[str, ...], depth: int) -> 
 
 
 def _same_set(gold: list[str], predicted: list[str], depth: int) -> bool:
-    """Equal as sets, whatever their order. At most 60 items a side."""
+    """Equal as sets, whatever their order and repetitions. Above 60 items a side they are compared as texts only."""
+    gold, predicted = list(dict.fromkeys(gold)), list(dict.fromkeys(predicted))
     if max(len(gold), len(predicted)) > 60:
         return sorted(gold) == sorted(predicted)
-    left = list(predicted)
-    for item in gold:
-        found = next((x for x in left if x == item), None) or next((x for x in left if _same(item, x, None, depth + 1)), None)
-        if found is None:
-            return False
-        left.remove(found)
-    return not left
+
+    def covered(items: list[str], others: list[str], swap: bool) -> bool:
+        return all(any(x == y or (_same(y, x, None, depth + 1) if swap else _same(x, y, None, depth + 1)) for y in others) for x in items)
+
+    return covered(gold, predicted, False) and (len(gold) == len(predicted) and len(gold) < 2 or covered(predicted, gold, True))
 
 
 def _wordy(text: str) -> bool:

@@ -6,11 +6,13 @@ MAX_ANSWER_CHARS = 1_000
 """A final answer is short. What is longer than this (in characters) is not taken for one."""
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
-_BETWEEN_BOXES = re.compile(r"[\s,;.$、，；]*(?:\\(?:quad|qquad|text\s*\{\s*(?:and|or)\s*\}|\)|\(|,|;)|and|or|和|或|[\s,;$、，；])*")
+_GLUE = re.compile(r"\\(?:quad|qquad|text|mbox|[()\[\],; ])|[{}$\s.]|[A-Za-z](?:_\{?\w+\}?)?\s*=\s*(?=\\[()]?\s*$|\$?\s*$)")
+_CONJUNCTION = re.compile(r"(?:.{0,20}\W)?(?:and|or)|.{0,10}[和或]|[,;、，；]*|", re.S | re.I)
 _BRACE = re.compile(r"\\.|[{}]", re.S)
-_MAX_UNCLOSED = 20
+_MAX_UNCLOSED = 3
 """Each unclosed box costs a scan to the end of the text: so many are looked at, and no more."""
 _THOUGHT_END = "</think>"
+_CLOSING = re.compile(r"final answer is:?\s*((?:(?!final answer)[^\n]){1,300}?)\.?\s*I hope it is correct", re.I)
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _HEADING = re.compile(r"(?:step|solution|final|answer|conclusion|explanation|part|case|problem|given|note)\b", re.I)
 _PHRASE = re.compile(
@@ -22,11 +24,11 @@ _PHRASE = re.compile(
 _NOT_ANSWER = re.compile(r"(?:correct|right|wrong|incorrect|given|as follows|not\b|to\b|that we|below|above|要|对的|正确)", re.I)
 _FENCE = re.compile(r"```output[ \t]*\n(.*?)(?:```|\Z)", re.S)
 _MATH = re.compile(
-    r"(?<![\\$])\$\$([^$]{1,1000})\$\$|(?<![\\$\d])\$([^$\n]{1,1000})(?<!\\)\$|\\\(([^\n]{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]", re.S
+    r"(?<![\\$])\$\$([^$]{1,1000})\$\$|(?<![\\$\d])\$((?:\\\$|[^$\n]){1,1000})(?<!\\)\$|\\\(([^\n]{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]", re.S
 )
-NUMBER = r"\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+"
+_DIGITS = r"\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?(?!\d)|\d+,\d{1,2}(?![\d,])|\d+(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
-    rf"(?<![\w.])[-−+]?(?:[$€£¥￥]\s?)?(?:{NUMBER})(?:[eE][-+]?\d+\b|\s?[/⁄:]\s?\d+(?:\.\d+)?|\s\d+/\d+)?(?:\s?(?:\\?%|％|percent\b))?"
+    rf"(?<![\w.])[-−+]?(?:[$€£¥￥]\s?)?(?:{_DIGITS})(?:[eE][-+]?\d+\b|\s?[/⁄:]\s?\d+(?:\.\d+)?|\s\d+/\d+)?(?:\s?(?:\\?%|％|€|percent\b))?"
 )
 _CLAUSE_END = re.compile(
     r"\n|[。；]|，(?!\d)|(?<!\bMr)(?<!\bMrs)(?<!\bDr)[.!?](?=[\s*\"')$]|\Z)|,?\s+(?:because|since|which|as (?:we|the|it|shown)|so|I hope)\b"
@@ -76,6 +78,7 @@ def extract(text: str | None) -> str | None:
     If the text holds a `</think>`, what comes after it is searched first. The first of these that is present decides; within one
     kind the last one wins:
 
+    0. "The final answer is ... I hope it is correct", the closing words that the usual few-shot prompts for MATH ask for.
     1. `\boxed{...}` or `\fbox{...}` with balanced braces, or `\boxed 2`. Boxes joined by nothing but "and", "or" or a comma are one
        answer with several parts. An empty or unclosed box is no answer: an earlier closed one counts, else the result is None, for
        the number left over in a truncated box would be a wrong guess.
@@ -95,6 +98,11 @@ def extract(text: str | None) -> str | None:
 
 
 def _extract(text: str) -> str | None:
+    closing = list(_CLOSING.finditer(text))
+    if closing:
+        stated = _stated(closing[-1].group(1).strip() + "\n")
+        if stated and not _BOX.search(stated):
+            return stated
     found, unclosed = boxes(text)
     found = [box for box in found if box[2] and len(box[2]) <= MAX_ANSWER_CHARS]
     if found:
@@ -124,8 +132,8 @@ def _joined(text: str, found: list[tuple[int, int, str]]) -> str:
     parts = [found[-1]]
     for box in reversed(found[:-1]):
         between = text[box[1] : parts[0][0]]
-        joined = len(between) <= 60 and re.search(r"and|or|[,;、，；和或]", between) and _BETWEEN_BOXES.fullmatch(between)
-        if not joined or box[2] == parts[0][2]:
+        joined = len(between) <= 60 and _CONJUNCTION.fullmatch(_GLUE.sub(" ", between).strip())
+        if not joined or (between and not between.strip(" $")) or box[2] == parts[0][2]:
             break
         parts.insert(0, box)
     return ", ".join(box[2] for box in parts)
@@ -152,7 +160,7 @@ def _stated(rest: str) -> str | None:
     if choice and not re.match(r"[A-J]\s*[-+=*/^,]", rest):
         return choice.group(1)
     words = re.findall(r"(?<!\\)\b[^\W\d_]{2,}", re.sub(r"\\text\{[^}]*\}", "", clause))
-    if len(words) > 4:
+    if len(words) > 4 or re.search(r"\b(?:is|are|equals?|was|were)\b", clause):
         return _last_formula_or_number(clause) or (clause if len(words) <= 12 else None)
     return clause
 
@@ -161,6 +169,11 @@ def _is_answer(text: str) -> bool:
     """Whether the whole of `text` is an answer rather than prose with an answer in it."""
     text = text.strip()
     if not text or len(text) > 200 or "\n" in text:
+        return False
+    if re.match(r"[a-zA-Z]{2,}\s*:\s*\S", text):
+        return False
+    formula = _MATH.search(text)
+    if formula and re.search(r"[a-zA-Z]{2,}", _MATH.sub("", text)):
         return False
     words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|[\u4e00-\u9fff]{3,}", re.sub(r"\\text\s*\{[^}]*\}", "", text))
     return len(words) <= 1 and bool(re.search(r"[\d\\=]", text) or re.fullmatch(r"\(?[A-Ja-j]\)?\.?|true|false|yes|no|\w+", text, re.I))
@@ -171,5 +184,8 @@ def _last_formula_or_number(text: str) -> str | None:
     numbers = [match for match in _NUMBER.finditer(text) if not any(f.start() <= match.start() < f.end() for f in formulas[-50:])]
     if formulas and (not numbers or formulas[-1].end() > numbers[-1].end()):
         percent = re.match(r"\s*(?:\\?%|percent\b)", text[formulas[-1].end() :])
-        return formulas[-1].group() + (percent.group() if percent else "")
+        last = len(formulas) - 1
+        while last > 0 and _CONJUNCTION.fullmatch(between := text[formulas[last - 1].end() : formulas[last].start()].strip()) and between:
+            last -= 1
+        return ", ".join(formula.group() for formula in formulas[last:]) + (percent.group() if percent else "")
     return numbers[-1].group().strip() if numbers else None

@@ -8,7 +8,7 @@ _SYMBOLS = {
     "−": "-", "–": "-", "—": "-", "﹣": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "≤": r"\le ",
     "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
     "∅": r"\emptyset ", "Ø": r"\emptyset ", "±": r"\pm ", "∠": r"\angle ", "ℝ": r"\mathbb{R}", "°": r"^\circ ", "′": "'", "’": "'",
-    "‘": "'", "“": '"', "”": '"', "、": ", ", "；": "; ", "，": ", ", "。": ".", "：": ":", "（": "(", "）": ")", "【": "[", "】": "]",
+    "‘": "'", "“": '"', "”": '"', "、": ", ", "；": "; ", "，": ",", "。": ".", "：": ":", "（": "(", "）": ")", "【": "[", "】": "]",
     "￥": "¥", "％": "%", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "\u200b": "", "\ufeff": "",
 }  # fmt: skip
 _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
@@ -52,6 +52,8 @@ def normalise(text: str) -> str:
     text = re.sub(r"(\d?)([¼½¾⅐-⅞])", lambda m: (m.group(1) + " " if m.group(1) else "") + unicodedata.normalize("NFKC", m.group(2)), text)
     text = unicodedata.normalize("NFKC", _SYMBOL.sub(lambda m: _SYMBOLS[m.group()], text))
     text = _SYMBOL.sub(lambda m: _SYMBOLS[m.group()], text)  # NFKC itself makes some of them, e.g. the fraction slash
+    if r"\begin" not in text:
+        text = re.sub(r"\\\\(?=[a-zA-Z]{2,})", r"\\", text)  # LaTeX escaped once too often; in a matrix `\\` ends a row
     text = _dollars(text)
     for pattern, replacement in _COMMANDS:
         text = pattern.sub(replacement, text)
@@ -59,7 +61,7 @@ def normalise(text: str) -> str:
     text = _MISSING_BRACES.sub(_braced, text)
     text = re.sub(r"\*\*(.+?)\*\*", r"\1", text)
     text = re.sub(r"\s+", " ", text).strip()
-    return re.sub(r"(?<=\S)[.,;:!]+$", "", text).strip()
+    return re.sub(r"(?<=\S)[.,;:]+$", "", text).strip()
 
 
 def _braced(match: re.Match[str]) -> str:
@@ -68,7 +70,7 @@ def _braced(match: re.Match[str]) -> str:
 
 def _dollars(text: str) -> str:
     r"""Drop the `$` that delimit formulas, keep those that mean a currency: `\$`, or an odd one out beside a number."""
-    text = text.replace(r"\$", "\0").replace("$$", " ")
+    text = re.sub(r"\\\$(?!\s*[\d.\\-])", " ", text).replace(r"\$", "\0").replace("$$", " ")
     if text.count("$") % 2 == 0:
         return text.replace("$", " ").replace("\0", "$")
     if re.fullmatch(r"\s*-?\$[^$]*|[^$]*\d\s*\$\s*", text):

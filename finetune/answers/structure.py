@@ -8,12 +8,11 @@ _BRACKETS = {r"\{": (r"\}",), "(": (")", "]"), "[": ("]", ")"), "{": ("}",)}
 """A plain brace only groups in LaTeX. Round and square may close one another: `[0,1)`."""
 _SEPARATOR = re.compile(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\\(?:and|or|wedge|vee|land|lor)\b|\b(?:and|or)\b|和|或|[,;]", re.I)
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|lt|gt)(?![a-zA-Z])|<=|>=|!=|==|[=<>]")
-_NAME = re.compile(
-    r"(?:\\[a-zA-Z]+|[A-Za-z])?(?:[A-Za-z]*'*)(?:_(?:\{[^{}]*\}|\w))?(?:\s*\(\s*[A-Za-z,\s\d-]*\s*\))?"
-    r"|[|∠\\a-zA-Z ()_{}:/']*[A-Za-z}|)]|\([A-Za-z\s,_{}\d\\]+\)|[\u4e00-\u9fff]+"
-)
+_NAME = re.compile(r"(?=.*[a-zA-Z\u4e00-\u9fff])[A-Za-z\\|(){}:/,'\s\u4e00-\u9fff]*")
+_SUM_OF_NAMES = re.compile(r"(?=.*[a-zA-Z])[A-Za-z\\|(){}:/,'\s+-]*")
+_SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)|(?<=[a-zA-Z])\s*\(\s*-?[\w\s,]{1,12}\)")
 _MATRIX = re.compile(
-    r"[(\[]?\s*\\begin\{([pbvBV]?matrix|smallmatrix|array)\}(?:\s*\{[clr|\s]*\})?(.*?)\\end\{\1\}\s*[)\]]?", re.S
+    r"[(\[]?\s*\\begin\{([pbvBV]?matrix|smallmatrix|array)\}(?:\s*\{[clr|\s]*\})?((?:(?!\\begin).)*)\\end\{\1\}\s*[)\]]?", re.S
 )
 _MONTHS = "january february march april may june july august september october november december".split()
 _MONTH = "|".join(f"{month[:3]}(?:{month[3:]})?" if month[3:] else month for month in _MONTHS) + "|sept"
@@ -72,7 +71,7 @@ def group(text: str) -> Group | None:
     for left, rights in _BRACKETS.items():
         right = next((right for right in rights if text.endswith(right) and len(text) >= len(left + right)), None)
         if text.startswith(left) and right:
-            inner = text[len(left) : -len(right)].strip("\\")
+            inner = text[len(left) : -len(right)]
             levels = _levels(inner + ",")
             if min(levels) >= 0 and levels[-1] == 0:
                 items = tuple(item for item in split(inner, _SEPARATOR)[0] if item)
@@ -103,9 +102,10 @@ def relation(text: str) -> tuple[list[str], list[str]] | None:
     return sides, [spelling.get(sign, sign) for sign in signs]
 
 
-def is_name(text: str) -> bool:
-    r"""Whether `text` only names what is asked for: `x`, `f(x)`, `S_{ABC}`, `|AB|`, `(p, q)`."""
-    return bool(_NAME.fullmatch(text.strip())) or not text.strip()
+def is_name(text: str, sums: bool = False) -> bool:
+    r"""Whether `text` only names what is asked for: `x`, `f(2)`, `S_{ABC}`, `|AB|`, `(p, q)`; with `sums`, `m + n` too."""
+    text = _SUBSCRIPT.sub("", text.strip())
+    return not text or bool((_SUM_OF_NAMES if sums else _NAME).fullmatch(text)) and r"\infty" not in text and r"\pi" not in text
 
 
 def interval(sides: list[str], signs: list[str]) -> tuple[str, str] | None:

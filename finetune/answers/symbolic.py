@@ -5,6 +5,7 @@ import re
 from fractions import Fraction
 
 import sympy
+from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Basic, Expr, MatrixBase
 
@@ -12,6 +13,10 @@ from .quantities import Number, close, parse_quantity
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off; the pool keeps the time
 
+_LATEX = LatexExtractionConfig(
+    normalization_config=NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False)
+)
+"""Units are compared in `quantities`; math-verify would only delete them."""
 _PRECISION = 50
 _FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp"
 _ASCII: list[tuple[re.Pattern[str], str]] = [
@@ -35,8 +40,13 @@ _PROBES = [Fraction(13, 11), Fraction(-7, 5), Fraction(19, 7), Fraction(-3, 13),
 def to_sympy(text: str) -> Basic | MatrixBase | None:
     for pattern, replacement in _ASCII:
         text = pattern.sub(replacement, text)
-    parsed = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-    return parsed[0] if parsed and not isinstance(parsed[0], str) else None
+    parsed = parse(f"${text}$", [_LATEX], fallback_mode="no_fallback", parsing_timeout=None)
+    if not parsed or isinstance(parsed[0], str):
+        return None
+    value = parsed[0]
+    if isinstance(value, Expr):
+        value = value.doit() if value.is_Matrix else value.subs({s: sympy.I for s in value.free_symbols if str(s) == "i"})
+    return value
 
 
 def same_formula(gold: str, predicted: str) -> bool:
@@ -44,7 +54,7 @@ def same_formula(gold: str, predicted: str) -> bool:
     a, b = to_sympy(gold), to_sympy(predicted)
     if a is None or b is None:
         return False
-    if isinstance(a, Expr) and isinstance(b, Expr):
+    if isinstance(a, Expr) and isinstance(b, Expr) and not a.is_Matrix and not b.is_Matrix:
         numeric = _same_values(a, b, gold, predicted)
         if numeric is not None:
             return numeric
@@ -55,6 +65,8 @@ def _same_values(a: Expr, b: Expr, gold: str, predicted: str) -> bool | None:
     """The verdict from values alone, or None if they cannot be had (undefined functions, sums without end, ...)."""
     names = sorted({str(symbol) for symbol in a.free_symbols | b.free_symbols})
     if not names:
+        if a.is_Integer and b.is_Integer:
+            return a == b
         left, right = _value(a), _value(b)
         if left is None or right is None:
             return None
