@@ -10,8 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from merge.checkpoint import FLOATS, Checkpoint, TensorInfo, read_json
 from merge.errors import MergeError
 from merge.updates import AddBias, LowRank, Replace, SetRows, Undo, Update
@@ -130,10 +128,12 @@ class Adapter:
 
     def _updates(self, module: str, parts: dict[str, TensorInfo]) -> list[tuple[str, Update]]:
         found: list[tuple[str, Update]] = []
-        for part, target in (("weight", "weight"), ("bias", "bias")):
+        for part in ("weight", "bias"):
             for key in (part, f"base_layer.{part}", f"modules_to_save.{part}", f"modules_to_save.default.{part}"):
                 if key in parts:
-                    found.append((f"{module}.{target}" if module else target, Replace(self.weights, parts.pop(key))))
+                    found.append((f"{module}.{part}", Replace(self.weights, parts.pop(key))))
+                    # After a resize peft also saves the untrained start of a saved module; the trained values supersede it.
+                    parts.pop(f"original_module.{part}", None)
         if "token_adapter.trainable_tokens_delta" in parts:
             rows = parts.pop("token_adapter.trainable_tokens_delta")
             found.append((f"{module}.weight", SetRows(self.weights, rows, self._token_indices(module, rows))))
@@ -174,7 +174,7 @@ class Adapter:
 
 PARTS = re.compile(
     r"\.?(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector(?:\.weight)?|token_adapter\.trainable_tokens_delta|"
-    r"(?:base_layer\.|modules_to_save\.(?:default\.)?)?(?:weight|bias))$"
+    r"(?:base_layer\.|original_module\.|modules_to_save\.(?:default\.)?)?(?:weight|bias))$"
 )
 
 
@@ -193,8 +193,3 @@ def _pattern(patterns: dict[str, Any] | None, module: str, default: float) -> fl
             return value
     return default
 
-
-def dense_delta(a: torch.Tensor, b: torch.Tensor, scale: float, transposed: bool) -> torch.Tensor:
-    """(b @ a) * scale in fp32, shape (out, in), or (in, out) when transposed: peft's get_delta_weight."""
-    product = b.float() @ a.float()
-    return (product.T if transposed else product) * scale

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def _write_tokenizer(weights: MergedWeights, folder: Path, certificate: Certific
     home = next((place for place in places if any((place / name).is_file() for name in has_tokenizer)), None)
     if home is None:
         certificate.notes.append("neither the adapter nor the base has a tokenizer (tokenizer.json or tokenizer.model): add one before serving.")
+        warnings.warn(certificate.notes[-1], stacklevel=4)
     chosen = {name: home / name for name in (*TOKENIZER, *TEMPLATES) if home and (home / name).is_file()}
     if not any(name in chosen for name in TEMPLATES):
         bare = next((place / name for place in places for name in TEMPLATES if (place / name).is_file()), None)

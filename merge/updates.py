@@ -1,7 +1,7 @@
 """What an adapter does to one base tensor: each class applies itself to a block of rows, in fp32.
 
 An update is loaded (`load`) before its tensor and dropped (`unload`) after, so that one tensor's matrices are in memory at a time.
-`apply(weight, start)` takes rows start.. of the base tensor in fp32, shape (rows, columns), and returns them changed (in place where it can).
+`apply(weight, start)` takes rows start.. of the base tensor in fp32, shape (rows, columns), and returns them changed in a new tensor.
 The arithmetic is peft's, in its order, in fp32: `get_delta_weight` then one addition. A product of a block of rows equals those rows of the whole
 product bit for bit as long as a block has no fewer than 16 rows (`fold.MIN_ROWS`); smaller ones may go to another BLAS kernel.
 """
@@ -71,13 +71,13 @@ class LowRank:
     def delta(self, start: int, rows: int) -> torch.Tensor:
         """Rows start.. of scale * B @ A, in the base's orientation."""
         if self.transposed:
-            delta = (self.b @ self.a[:, start : start + rows]).T
+            delta = (self.b @ self.a[:, start : start + rows]).T.contiguous()
         else:
             delta = self.b[start : start + rows] @ self.a
         return delta if self.after == 1.0 else delta.mul_(self.after)
 
     def apply(self, weight: torch.Tensor, start: int) -> torch.Tensor:
-        weight = weight.add_(self.delta(start, len(weight)))
+        weight = self.delta(start, len(weight)).add_(weight)
         if self.magnitude is None:
             return weight
         if self.transposed:
@@ -108,7 +108,7 @@ class Undo(LowRank):
         return changes
 
     def apply(self, weight: torch.Tensor, start: int) -> torch.Tensor:
-        return weight.sub_(self.delta(start, len(weight))).to(self.dtype).float()
+        return (weight - self.delta(start, len(weight))).to(self.dtype).float()
 
 
 class Replace:
@@ -159,6 +159,7 @@ class SetRows:
         return True
 
     def apply(self, weight: torch.Tensor, start: int) -> torch.Tensor:
+        weight = weight.clone()
         for index, row in zip(self.indices, self.values, strict=True):
             if start <= index < start + len(weight):
                 weight[index - start] = row
@@ -188,7 +189,7 @@ class AddBias:
         return bool(self.values.any())
 
     def apply(self, weight: torch.Tensor, start: int) -> torch.Tensor:
-        return weight.add_(self.values[start : start + len(weight)])
+        return weight + self.values[start : start + len(weight)]
 
     def unload(self) -> None:
         self.values = torch.empty(0)

@@ -207,7 +207,7 @@ class Stream:
         return self._read(self.tensor.source, start, stop).to(torch.float32, copy=True)
 
     def apply(self, weight: torch.Tensor, start: int) -> torch.Tensor:
-        """The updates applied to rows of the base from `start` on (changed in place), fp32."""
+        """The updates applied to rows of the base from `start` on: a new fp32 tensor."""
         for update in self.updates:
             weight = update.apply(weight, start)
         return weight

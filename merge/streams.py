@@ -1,0 +1,103 @@
+"""Sequential reading and writing of a shard in large pieces, hashed as the bytes pass.
+
+Small blocks suit the arithmetic (they stay in a core's cache), large pieces suit the kernel and SHA-256: these two classes stand between.
+"""
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from merge.checkpoint import TensorInfo, pread_exactly
+
+WINDOW = 1 << 21
+"""Bytes read, hashed and written at a time."""
+
+
+class Stopped(Exception):
+    """Another thread has failed, so this one need not go on."""
+
+
+class HashingReader:
+    """Reads one file's tensors, mostly forwards, and hashes the file's bytes once, in order, whatever is skipped or read again."""
+
+    def __init__(self, file: Path, stop: threading.Event):
+        self.file, self.stop = file, stop
+        self.descriptor = os.open(file, os.O_RDONLY)
+        self.size = os.fstat(self.descriptor).st_size
+        self.hash = hashlib.sha256()
+        self.hashed = 0
+        self.buffer = bytearray(WINDOW)
+        self.start = self.end = 0
+
+    def read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop of a tensor in the dtype of the file; a view that the next call overwrites."""
+        raw = self.bytes(info, start * info.row_bytes, (stop - start) * info.row_bytes)
+        return torch.frombuffer(raw, dtype=info.dtype).reshape(stop - start, *info.shape[1:])
+
+    def bytes(self, info: TensorInfo, start: int, count: int) -> memoryview:
+        """`count` bytes of a tensor from its byte `start`; a view that the next call overwrites."""
+        offset = info.offset + start
+        if not self.start <= offset <= offset + count <= self.end:
+            self.hash_up_to(offset)
+            self._fill(offset, max(count, min(WINDOW, info.offset + info.nbytes - offset)))
+        return memoryview(self.buffer)[offset - self.start : offset - self.start + count]
+
+    def hash_up_to(self, offset: int) -> None:
+        """Hash whatever of the file before `offset` was not read yet."""
+        while self.hashed < offset:
+            self._fill(self.hashed, min(WINDOW, offset - self.hashed))
+
+    def _fill(self, offset: int, count: int) -> None:
+        if self.stop.is_set():
+            raise Stopped
+        if len(self.buffer) < count:
+            self.buffer = bytearray(count)
+        view = memoryview(self.buffer)[:count]
+        pread_exactly(self.descriptor, view, offset, self.file)
+        self.start, self.end = offset, offset + count
+        if self.end > self.hashed:
+            self.hash.update(view[self.hashed - offset :])
+            self.hashed = self.end
+
+    def digest(self) -> str:
+        """SHA-256 of the whole file."""
+        self.hash_up_to(self.size)
+        return self.hash.hexdigest()
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class HashingWriter:
+    """Gathers blocks into large pieces, hashes and writes them."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.hash = hashlib.sha256()
+        self.buffer = bytearray(WINDOW)
+        self.used = 0
+
+    def room(self, count: int) -> memoryview:
+        """The next `count` bytes of the file, to be filled before the next call."""
+        if self.used + count > len(self.buffer):
+            self.flush()
+        if count > len(self.buffer):
+            self.buffer = bytearray(count)
+        self.used += count
+        return memoryview(self.buffer)[self.used - count : self.used]
+
+    def flush(self) -> None:
+        view = memoryview(self.buffer)[: self.used]
+        self.hash.update(view)
+        while view:
+            view = view[self.file.write(view) :]
+        self.used = 0
+
+    def digest(self) -> str:
+        """SHA-256 of all that was written."""
+        self.flush()
+        return self.hash.hexdigest()
