@@ -113,7 +113,7 @@ def is_sentinel(answer: str) -> bool:
 
 def type_of(answer: str) -> str:
     """number | latex | choice | text | bool | list, judged from the answer alone."""
-    if _NUMBER.fullmatch(answer):
+    if _NUMBER.fullmatch(clean_number(answer) or ""):
         return "number"
     if answer.casefold() in ("true", "false", "yes", "no"):
         return "bool"

@@ -92,8 +92,9 @@ def math_boxed(row: Row, context: Context) -> Example:
     stated = to_answer(row.get("answer"))
     if stated is not None and is_sentinel(stated):
         raise SkipRow(f"answer is {stated.casefold()!r}: nothing to check")
+    if isinstance(row.get("answer"), str):
+        stated = row["answer"].strip()  # as the file writes it: 10,080 and \\$18.90 are compared, not rewritten
     answer = stated or last_boxed(solution) or last_hash(solution)
-    answer = answer and clean_number(answer)
     meta = pick(row, "level", "type", "subject", "unique_id", "difficulty", "source", "problem_type", "question_type")
     target = _worked(solution, answer, context)[1] if solution else None
     return context.problem(problem, target, answer=answer, solution=solution, meta=meta)
