@@ -52,6 +52,7 @@ class Adapter:
         self._check_config()
         self.weights = Checkpoint(self.folder, stem="adapter_model", bin_stem="adapter_model")
         self.initial = self._initial_state()
+        self.parts = [self]
 
     def _check_config(self) -> None:
         where = self.folder / "adapter_config.json"

@@ -29,10 +29,11 @@ import torch
 from merge.certificate import FILE as CERTIFICATE
 from merge.certificate import Certificate, TensorReport, sha256
 from merge.checkpoint import DTYPE_CODES, FLOATS, Shard
+from merge.combine import Combination
 from merge.companions import write_companions
 from merge.errors import MergeError
 from merge.streams import HashingReader, HashingWriter, Stopped
-from merge.weights import OUTPUT_EMBEDDINGS, MergedTensor, MergedWeights, Stream
+from merge.weights import OUTPUT_EMBEDDINGS, AdapterLike, MergedTensor, MergedWeights, Stream
 
 Progress = Callable[[int, int], None]
 
@@ -44,7 +45,7 @@ MEASURE_EVERY = 4
 
 def fold(
     base: str | Path,
-    adapter: str | Path | Sequence[str | Path],
+    adapter: AdapterLike | Sequence[AdapterLike],
     out: str | Path,
     onto: str = "full",
     dtype: str | torch.dtype | None = None,
@@ -52,7 +53,7 @@ def fold(
 ) -> Certificate:
     """Write base + adapter(s) to the new folder `out` and return the certificate, also saved there as certificate.json.
 
-    `base` and `adapter` are local folders; a list of adapters folds in order. `onto="nf4"` folds into dequant(NF4(base)), the weights QLoRA trained on.
+    `base` and `adapter` are local folders; a list of adapters folds in order; a `Combination` stands for an adapter. `onto="nf4"` folds into dequant(NF4(base)), the weights QLoRA trained on.
     `dtype` ('float32', 'float16', 'bfloat16') rounds all weights to that instead of the base's own. `progress(done, total)` is called in bytes.
     Raises MergeError, with nothing left under the name `out`, for whatever cannot be done exactly.
     """
@@ -136,7 +137,8 @@ def _begin_certificate(weights: MergedWeights) -> Certificate:
         earlier = Certificate.load(weights.base.folder)
         folded = earlier.lineage + [digest for files in earlier.adapters for name, digest in files.items() if name.startswith("adapter_model")]
     certificate.lineage = folded
-    for adapter in weights.adapters:
+    certificate.notes += [f"combined: {one.describe()}" for one in weights.adapters if isinstance(one, Combination)]
+    for adapter in (part for one in weights.adapters for part in one.parts):
         files = [shard.file for shard in adapter.weights.shards] + [adapter.folder / "adapter_config.json"]
         hashes = {file.name: sha256(file) for file in files}
         if adapter.initial is not None:

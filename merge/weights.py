@@ -18,6 +18,7 @@ import torch
 
 from merge.adapter import Adapter
 from merge.checkpoint import FLOATS, Checkpoint, TensorInfo, read_json
+from merge.combine import Combination
 from merge.errors import MergeError
 from merge.nf4 import Nf4Tensor, quantised_names
 from merge.updates import Replace, Update, same_effect
@@ -31,6 +32,7 @@ DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 INPUT_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 OUTPUT_EMBEDDINGS = "lm_head.weight"
 
+AdapterLike = str | Path | Combination
 Read = Callable[[TensorInfo, int, int], torch.Tensor]
 
 
@@ -60,7 +62,7 @@ class MergedWeights:
     def __init__(
         self,
         base: str | Path,
-        adapter: str | Path | Sequence[str | Path] | None = None,
+        adapter: AdapterLike | Sequence[AdapterLike] | None = None,
         onto: str = "full",
         dtype: str | torch.dtype | None = None,
     ):
@@ -74,8 +76,8 @@ class MergedWeights:
         self.base_config = read_json(self.base.folder / "config.json")
         if "quantization_config" in self.base_config:
             raise MergeError(f"{base}: config.json has a quantization_config, so these weights are quantised already; fold onto the original checkpoint.")
-        folders = [] if adapter is None else [adapter] if isinstance(adapter, str | Path) else list(adapter)
-        self.adapters = [Adapter(folder) for folder in folders]
+        given = [] if adapter is None else [adapter] if isinstance(adapter, str | Path | Combination) else list(adapter)
+        self.adapters = [one if isinstance(one, Combination) else Adapter(one) for one in given]
         self.config = dict(self.base_config)
         self.tensors = self._plan()
         if self.dtype is not None:
@@ -109,7 +111,7 @@ class MergedWeights:
         self._check_vocabulary(tensors, embeddings)
         return tensors
 
-    def _tie(self, adapter: Adapter, plan: dict[str, list[Update]], embeddings: str) -> None:
+    def _tie(self, adapter: Adapter | Combination, plan: dict[str, list[Update]], embeddings: str) -> None:
         """Make the two plans of a tied pair one and the same list where peft trained them as one."""
         indices = adapter.config.get("trainable_token_indices")
         shared_rows = indices and (not isinstance(indices, dict) or len(indices) == 1) and OUTPUT_EMBEDDINGS not in plan
@@ -213,12 +215,14 @@ class Stream:
         return weight
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Folded rows start..stop, fp32."""
+        """Folded rows start..stop, fp32; the same bits whatever the range, since the work is done in the blocks of `blocks`."""
         if any(update.whole for update in self.updates):
             if self._whole is None:
                 self._whole = self.apply(self.base_rows(0, self.tensor.shape[0]), 0)
             return self._whole[start:stop]
-        return self.apply(self.base_rows(start, stop), start)
+        touched = [(low, high) for low, high in self.blocks() if low < stop and high > start]
+        parts = [self.apply(self.base_rows(low, high), low)[max(start - low, 0) : stop - low] for low, high in touched]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def close(self) -> None:
         for update in self.updates:
