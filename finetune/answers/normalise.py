@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Callable
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SYMBOLS = {
@@ -12,32 +13,29 @@ _SYMBOLS = {
     "￥": "¥", "％": "%", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "\u200b": "", "\ufeff": "",
 }  # fmt: skip
 _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
-_COMMANDS: list[tuple[re.Pattern[str], str]] = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|boldsymbol|cancel)(?![a-zA-Z])\s*\.?(?<!\s\.)", ""),
-        (r"\\phantom\s*(?:\{[^{}]*\}|-|\w)", ""),
-        (r"\\!\s*|\{,\}\\!", lambda m: "," if m.group().startswith("{") else ""),
-        (r"\{\s*,\s*\}", ","),
-        (r"\\(?:[,;:> ]|quad|qquad|hspace\{[^{}]*\}|hfill)(?![a-zA-Z])|~", " "),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\(?:mbox|textbf|textit|textrm|textnormal|textsf|texttt|mathrm|operatorname\*?|mathit|mathsf|rm|bf)\s*(?=\{)", r"\\text"),
-        (r"\\(?:mathbf|bm|vec|overline|overrightarrow)\s*\{([A-Za-z]+)\}", r"\1"),
-        (r"\\(?:geqslant|geq)(?![a-zA-Z])", r"\\ge"),
-        (r"\\(?:leqslant|leq)(?![a-zA-Z])", r"\\le"),
-        (r"\\neq(?![a-zA-Z])", r"\\ne"),
-        (r"\\lt(?![a-zA-Z])", "<"),
-        (r"\\gt(?![a-zA-Z])", ">"),
-        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
-        (r"\\(?:degree|textdegree)(?![a-zA-Z])", r"^\\circ"),
-        (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
-        (r"\\(?:lbrace|lbrack)(?![a-zA-Z])", lambda m: r"\{" if "brace" in m.group() else "["),
-        (r"\\(?:rbrace|rbrack)(?![a-zA-Z])", lambda m: r"\}" if "brace" in m.group() else "]"),
-        (r"\\langle(?![a-zA-Z])", "("),
-        (r"\\rangle(?![a-zA-Z])", ")"),
-        (r"\\%", "%"),
-        (r"\\\(|\\\)|\\\[|\\\]", " "),
-    ]
+_COMMANDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|boldsymbol|cancel)(?![a-zA-Z])\s*\.?(?<!\s\.)", ""),
+    (r"\\phantom\s*(?:\{[^{}]*\}|-|\w)", ""),
+    (r"\\!\s*|\{,\}\\!", lambda m: "," if m.group().startswith("{") else ""),
+    (r"\{\s*,\s*\}", ","),
+    (r"\\(?:[,;:> ]|quad|qquad|hspace\{[^{}]*\}|hfill)(?![a-zA-Z])|~", " "),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\(?:mbox|textbf|textit|textrm|textnormal|textsf|texttt|mathrm|operatorname\*?|mathit|mathsf|rm|bf)\s*(?=\{)", r"\\text"),
+    (r"\\(?:mathbf|bm|vec|overline|overrightarrow)\s*\{([A-Za-z]+)\}", r"\1"),
+    (r"\\(?:geqslant|geq)(?![a-zA-Z])", r"\\ge"),
+    (r"\\(?:leqslant|leq)(?![a-zA-Z])", r"\\le"),
+    (r"\\neq(?![a-zA-Z])", r"\\ne"),
+    (r"\\lt(?![a-zA-Z])", "<"),
+    (r"\\gt(?![a-zA-Z])", ">"),
+    (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
+    (r"\\(?:degree|textdegree)(?![a-zA-Z])", r"^\\circ"),
+    (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
+    (r"\\(?:lbrace|lbrack)(?![a-zA-Z])", lambda m: r"\{" if "brace" in m.group() else "["),
+    (r"\\(?:rbrace|rbrack)(?![a-zA-Z])", lambda m: r"\}" if "brace" in m.group() else "]"),
+    (r"\\langle(?![a-zA-Z])", "("),
+    (r"\\rangle(?![a-zA-Z])", ")"),
+    (r"\\%", "%"),
+    (r"\\\(|\\\)|\\\[|\\\]", " "),
 ]
 _MISSING_BRACES = re.compile(r"\\frac\s*(?:\{([^{}]+)\}|(\w))\s*(?:\{([^{}]+)\}|(\w))")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-zA-Z]))|\\sqrt\s*(?=[\w])(\w)")
@@ -56,7 +54,7 @@ def normalise(text: str) -> str:
         text = re.sub(r"\\\\(?=[a-zA-Z]{2,})", r"\\", text)  # LaTeX escaped once too often; in a matrix `\\` ends a row
     text = _dollars(text)
     for pattern, replacement in _COMMANDS:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text)
     text = _ROOT.sub(lambda m: rf"\sqrt{{{m.group(1) or m.group(2) or m.group(3)}}}", text)
     text = _MISSING_BRACES.sub(_braced, text)
     text = re.sub(r"\*\*(.+?)\*\*", r"\1", text)

@@ -91,10 +91,12 @@ class Pool:
         return verdict
 
     def compare_all(self, triples: list[tuple[str, str, str | None]], seconds: float) -> list[bool]:
+        """The verdict on each (gold, predicted, kind), side by side."""
         if len(triples) < 2:
             return [self.compare(*triple, seconds) for triple in triples]
         with ThreadPoolExecutor(self.size) as threads:
-            return list(threads.map(lambda triple: self.compare(*triple, seconds), triples))
+            golds, predictions, kinds = zip(*triples, strict=True)
+            return list(threads.map(self.compare, golds, predictions, kinds, [seconds] * len(triples)))
 
     def stop(self) -> None:
         while not self._free.empty():

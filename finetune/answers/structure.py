@@ -76,8 +76,8 @@ def group(text: str) -> Group | None:
             if min(levels) >= 0 and levels[-1] == 0:
                 items = tuple(item for item in split(inner, _SEPARATOR)[0] if item)
                 return Group("", items, "") if left == "{" else Group(left, items, right)
-    items = [item for item in split(text, _SEPARATOR)[0] if item]
-    return Group("", tuple(items), "") if len(items) > 1 else None
+    side_by_side = tuple(item for item in split(text, _SEPARATOR)[0] if item)
+    return Group("", side_by_side, "") if len(side_by_side) > 1 else None
 
 
 def union(text: str) -> list[str]:
@@ -148,14 +148,14 @@ def date(text: str) -> list[tuple[int | None, int, int | None]]:
         match = pattern.fullmatch(text.strip().rstrip("."))
         if not match:
             continue
-        parts = {"year": None, "day": None} | match.groupdict()
-        month = next((i for i, name in enumerate(_MONTHS, 1) if name.startswith(parts["month"].lower()[:3])), None)
-        year, day = (int(parts[key]) if parts[key] else None for key in ("year", "day"))
+        parts = match.groupdict()
+        month = next((i for i, name in enumerate(_MONTHS, 1) if name.startswith(match["month"].lower()[:3])), None)
+        year, day = (int(parts[key]) if parts.get(key) else None for key in ("year", "day"))
         if month is not None:
             return [(year, month, day)]
-        readings = [(year, int(parts["month"]), day)]
+        readings = [(year, int(match["month"]), day)]
         if pattern is _DATES[4] and day is not None:
-            readings.append((year, day, int(parts["month"])))
+            readings.append((year, day, int(match["month"])))
         return [r for r in readings if 1 <= r[1] <= 12 and (r[2] is None or 1 <= r[2] <= 31)]
     return []
 
