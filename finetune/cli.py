@@ -14,6 +14,7 @@ import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -49,7 +50,9 @@ def main() -> None:
         ):
             print(usage.list_recipes(arguments) + "\nRun one with: python -m finetune recipe=NAME", file=sys.stderr)
             sys.exit(2)
-        sys.argv[1:] = arguments
+        # argparse wants Hydra's own options before the overrides.
+        overrides = [open_mapping(argument) for argument in arguments if "=" in argument and not argument.startswith("-")]
+        sys.argv[1:] = [argument for argument in arguments if "=" not in argument or argument.startswith("-")] + overrides
         ConfigStore.instance().store(name="schema", node=Config)
         hydra.main(version_base="1.3", config_path=str(usage.RECIPES), config_name="config")(run_job)()
     except KeyboardInterrupt:
@@ -62,8 +65,22 @@ def main() -> None:
         sys.exit(2)
 
 
+def open_mapping(argument: str) -> str:
+    """`data.columns.question=q` as Hydra wants it: keys below a mapping are the user's own, so they may be new (`++`)."""
+    key = argument.partition("=")[0]
+    return f"++{argument}" if any(key == name or key.startswith(f"{name}.") for name in usage.mappings()) else argument
+
+
+def replace_mappings(composed: DictConfig, overrides: list[str]) -> None:
+    """A mapping given whole on the command line (`grpo.rewards={boxed: 1}`) takes the recipe's place; Hydra would merge them."""
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.key_or_group in usage.mappings() and isinstance(override.value(), dict):
+            OmegaConf.update(composed, override.key_or_group, override.value(), merge=False)
+
+
 def run_job(composed: DictConfig) -> None:
     """One job of Hydra's: convert and check the configuration, open the run directory, run the stages."""
+    replace_mappings(composed, HydraConfig.get().overrides.task)
     config = to_config(composed, HydraConfig.get().runtime.choices["recipe"])
     overrides = HydraConfig.get().overrides.task
     if config.resume is not None and (Path(config.resume) / "config.yaml").exists():

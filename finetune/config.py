@@ -90,14 +90,17 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input, a probability."""
     variant: str = "lora"
-    """lora, rslora or dora."""
+    """lora, rslora, dora, pissa, loftq or eva. pissa needs model.quantization=none; pissa and loftq are saved as plain LoRA of
+    twice the rank, relative to the unchanged base."""
     target_modules: str = "all-linear"
     """all-linear, or module names separated by commas (q_proj,v_proj)."""
+    train_tokens: list[str] = field(default_factory=list)
+    """Tokens whose embedding rows are trained too; one that the tokenizer lacks is added to it, where the model has a row left."""
 
     def __post_init__(self) -> None:
         positive("lora.r", self.r)
         positive("lora.alpha", self.alpha)
-        one_of("lora.variant", self.variant, ("lora", "rslora", "dora"))
+        one_of("lora.variant", self.variant, ("lora", "rslora", "dora", "pissa", "loftq", "eva"))
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout={self.dropout}: expected a probability from 0 to below 1.")
 
@@ -115,23 +118,53 @@ class SftConfig:
     max_length: int = 1024
     """Longest training example, tokens. Longer ones go by `over_length`; the answer's end is never cut."""
     over_length: str = "drop"
-    """What happens to an example longer than max_length: drop (counted and listed) or error."""
+    """What happens to an example longer than max_length: drop (counted and listed), truncate_prompt (the start of the last user
+    turn goes), split_turns (a dialogue becomes several, each with as many of the turns before as fit) or error."""
+    packing: str = "batch"
+    """batch: a micro-batch's examples end to end without padding, none seeing another; rows: examples are first put together,
+    in random order, to rows of up to max_length tokens, and batch_size counts rows; none: padded, grouped by length."""
     batch_size: int = 16
-    """Examples per optimizer step."""
+    """Examples (rows where packing=rows) per optimizer step."""
     micro_batch_size: int = 8
-    """Examples per forward pass; gradients accumulate to batch_size."""
+    """Examples (rows) per forward pass; gradients accumulate to batch_size. Halved by itself when memory runs out."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
+    loraplus_ratio: float | None = None
+    """LoRA+ (arXiv 2402.12354): learning rate of the B matrices over that of the A matrices, 1 or more; 16 is usual."""
+    neftune_alpha: float | None = None
+    """NEFTune (arXiv 2310.05914): size of the noise on the embeddings in training; 5 is usual. Needs packing=none."""
     save_steps: int = 50
-    """Steps between checkpoints that a killed run resumes from."""
+    """Steps between checkpoints that a killed run resumes from; validations come at the same steps."""
+    validation_size: int | None = None
+    """Examples split off the training data, whole problems, to choose the best checkpoint by; unset: the last step is kept."""
+    best_by: str = "loss"
+    """What the best checkpoint is best by on the validation examples: loss, or accuracy (greedy answers of up to 256 tokens)."""
+    patience: int | None = None
+    """Stop after this many validations without a better one."""
+    spike_factor: float | None = 4.0
+    """Stop when a step's loss is above this many times the median of the last 20 steps, and at least 1 above it."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further arguments of trl.SFTConfig."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "learning_rate", "max_length", "batch_size", "micro_batch_size", "save_steps"):
+        for name in ("max_steps", "learning_rate", "max_length", "batch_size", "micro_batch_size", "save_steps", "neftune_alpha",
+                     "validation_size", "patience"):
             positive(f"sft.{name}", self.__dict__[name])
-        one_of("sft.over_length", self.over_length, ("drop", "error"))
+        one_of("sft.over_length", self.over_length, ("drop", "truncate_prompt", "split_turns", "error"))
+        one_of("sft.packing", self.packing, ("batch", "rows", "none"))
+        one_of("sft.best_by", self.best_by, ("loss", "accuracy"))
         divisible("sft", self.batch_size, self.micro_batch_size)
+        for name in ("loraplus_ratio", "spike_factor"):
+            value = self.__dict__[name]
+            if value is not None and value < 1:
+                raise UserError(f"sft.{name}={value}: expected 1 or more.")
+        if self.neftune_alpha is not None and self.packing != "none":
+            raise UserError(
+                f"sft.neftune_alpha={self.neftune_alpha}: its noise is scaled by the length of a row, so rows must be single examples. "
+                "Set sft.packing=none."
+            )
+        if self.patience is not None and self.validation_size is None:
+            raise UserError(f"sft.patience={self.patience}: needs examples to validate on. Set sft.validation_size.")
 
 
 @dataclass
@@ -307,6 +340,17 @@ class Config:
     def __post_init__(self) -> None:
         for stage in self.stages:
             one_of("stages", stage, STAGE_NAMES)
+        if self.lora.variant == "pissa" and self.model.quantization == "nf4":
+            raise UserError(
+                "lora.variant=pissa: takes its start from the singular vectors of the weights and changes those, which 4-bit weights "
+                "do not allow. Set model.quantization=none, or lora.variant=loftq."
+            )
+        if self.lora.variant == "loftq" and self.model.quantization != "nf4":
+            raise UserError("lora.variant=loftq: makes up for the error of 4-bit weights. Set model.quantization=nf4, or another variant.")
+        if self.lora.variant == "loftq" and self.merge.onto == "nf4" and "merge" in self.stages:
+            raise UserError(
+                "merge.onto=nf4: a loftq adapter is saved relative to the full-precision base. Set merge.onto=full, or another lora.variant."
+            )
 
 
 STAGE_NAMES = ("inspect", "sft", "grpo", "merge", "export", "evaluate", "report", "serve", "chat")

@@ -75,3 +75,8 @@ def full_help(arguments: list[str]) -> str:
     """The text of `--help`."""
     lines = ["Keys (key=default):", *(f"  {key}={value}" for key, value in keys().items())]
     return "\n".join([USAGE, list_recipes(arguments), list_groups(), *lines])
+
+
+def mappings() -> list[str]:
+    """Keys whose value is a mapping with names of the user's own: data.columns, grpo.rewards, ..."""
+    return [key for key, value in keys().items() if isinstance(value, dict)]
