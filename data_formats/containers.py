@@ -22,6 +22,7 @@ from .procedural import PREFIX, generate
 from .tables import arrow_rows, csv_rows, delimiter_of, parquet_rows, xml_rows
 
 HEAD = 1 << 16  # bytes looked at
+_LONGEST_LINE = 1 << 18  # characters of a line looked at
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".xml")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BOMS = (
@@ -160,8 +161,8 @@ def _text(place: Path, head: bytes, packed: str, options: Options) -> Source:
 
     try:
         with text() as file:
-            start = _first_line(file)
-            second = next((line for line in file if line.strip(" \t\r\n\x00")), "")
+            start, whole = _first_line(file)
+            second = _first_line(file)[0]
     except (UnicodeError, EOFError, OSError, zlib.error) as error:
         raise _undecoded(place, error, options) from None
     if not start:
@@ -177,7 +178,7 @@ def _text(place: Path, head: bytes, packed: str, options: Options) -> Source:
     if start.startswith("["):
         return Source(Documents(text(), path, options.split, notes).records(), f"JSON array{suffix}", notes=notes)
     if start.startswith("{"):
-        if _is_jsonl(start, second):
+        if whole and _is_jsonl(start, second):
             return Source(jsonl(text(), path), f"JSON Lines{suffix}", "line")
         return Source(Documents(text(), path, options.split, notes).records(), f"JSON{suffix}", notes=notes)
     delimiter = delimiter_of(start)
@@ -198,12 +199,12 @@ def _single_columns(options: Options) -> tuple[str, ...]:
     return ("text", "question", "problem", "prompt", "messages", "conversations", *options.columns.values())
 
 
-def _first_line(file: IO[str]) -> str:
-    for line in file:
-        line = line.strip(" \t\r\n\ufeff\x00")
-        if line:
-            return line
-    return ""
+def _first_line(file: IO[str]) -> tuple[str, bool]:
+    """(the next line that is not blank, whether it is whole): a text on one line may be of any size."""
+    while line := file.readline(_LONGEST_LINE):
+        if text := line.strip(" \t\r\n\ufeff\x00"):
+            return text, line.endswith("\n") or len(line) < _LONGEST_LINE
+    return "", True
 
 
 def _is_jsonl(first: str, second: str) -> bool:

@@ -85,8 +85,10 @@ def prompt_completion(row: Row, context: Context) -> Example:
     answer = gold(row.get("answer", row.get("ground_truth"))) or (find_answer(solution) or solution.strip() or None)
     meta = pick(row, "id", "source", "data_source")
     if row.get("rejected"):
-        rejected = _as_turns(row["rejected"], "assistant")
-        meta["rejected"] = context.text(rejected[-1] if rejected else {}, "content")
+        rejected = _as_turns(row["rejected"], "assistant")[-1]
+        if not isinstance(rejected, dict) or not isinstance(rejected.get("content"), str):
+            raise SkipRow("rejected is no text and no list of turns")
+        meta["rejected"] = context.text(rejected, "content")
     messages = context.dialogue(turns, prompt_only=column is None)
     return example(messages, answer=answer, solution=solution, meta=meta)
 

@@ -9,7 +9,7 @@ from typing import IO, Any
 from .adapter import Record
 from .errors import DataFormatError, shorten
 
-BLOCK = 1 << 18  # characters read at a time
+BLOCK = 1 << 16  # characters read at a time
 _JOIN_LINES = 200  # lines a string with a bare newline may span
 
 

@@ -113,10 +113,10 @@ def _options(options: Any) -> tuple[list[str], dict[str, str]]:
         return [f"{label}) {text}" for label, text in letters.items()], letters
     if isinstance(options, str):
         found = list(_LABEL.finditer(options))
+        if not found:
+            raise SkipRow("options is text without A) B) C)")
         ends = [match.start() for match in found[1:]] + [len(options)]
         letters = {match[1]: options[match.end() : end].strip() for match, end in zip(found, ends, strict=True)}
-        if not letters:
-            raise SkipRow("options is text without A) B) C)")
         return [options.strip()], letters
     if not isinstance(options, list) or not all(isinstance(option, (str, int, float)) for option in options):
         raise SkipRow("options is no list of texts")

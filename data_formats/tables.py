@@ -49,9 +49,7 @@ def csv_rows(text: IO[str], path: str, delimiter: str) -> Iterator[Record | Data
                 row=number + 1,
             ) from None
         if header is None:
-            if not "".join(cells).strip() or (len(cells) == 1 and cells[0].casefold().startswith("sep=")):
-                continue
-            if cells[0].casefold() == "sep" and len(cells) == 2 and not cells[1]:
+            if not "".join(cells).strip() or "".join(cells).casefold() in ("sep=", f"sep={delimiter}"):
                 continue
             header = cells
             twice = sorted({name for name in header if name and header.count(name) > 1})
