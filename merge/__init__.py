@@ -1,8 +1,9 @@
 """Fold LoRA adapters into weights that any engine can serve, exactly and with proof.
 
-`fold(base, adapter, out)` writes safetensors and a certificate, `to_gguf` writes GGUF; both read the stream of folded rows that `MergedWeights` gives.
-`choose_base` measures which base a QLoRA adapter should be folded onto, `Combination` makes one adapter of several. Every refusal is a MergeError.
-Nothing here imports the finetune package or, at import, transformers.
+`fold(base, adapter, out)` writes safetensors and a certificate, `to_gguf` writes GGUF; both read the stream of folded
+rows that `MergedWeights` gives. `choose_base` measures which base a QLoRA adapter should be folded onto, `Combination`
+makes one adapter of several. Every refusal is a MergeError. Nothing here imports the finetune package or, at import,
+transformers.
 """
 
 from typing import TYPE_CHECKING, Any

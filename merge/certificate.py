@@ -1,4 +1,5 @@
-"""What `fold` proves about its output: which bytes went in and came out, which tensors changed, and how much rounding took from each change."""
+"""What `fold` proves about its output: which bytes went in and came out, which tensors changed, and how much rounding
+took from each change."""
 
 import hashlib
 import json
@@ -15,10 +16,11 @@ class TensorReport:
 
     name: str
     changed: bool
-    """False only where the adapter's delta is exactly zero. With onto='nf4' a quantised tensor always counts as changed."""
+    """False only where the adapter's delta is exactly zero. With onto='nf4' a quantised tensor always counts as
+    changed."""
     cosine: float | None
-    """Between the realised change (output - what was folded onto) and the intended one (before rounding to the output dtype); 1 is no loss. None for no change.
-    Measured on a quarter of the rows, spread evenly."""
+    """Between the realised change (output - what was folded onto) and the intended one (before rounding to the output
+    dtype); 1 is no loss. None for no change. Measured on a quarter of the rows, spread evenly."""
     intended_rms: float
     """Root mean square of the intended change."""
     realised_rms: float
@@ -82,11 +84,17 @@ class Certificate:
             f"tensors         {self.changed} changed, {self.expected} expected, {len(self.unexpected)} unexpected, {len(self.zero_delta)} with a zero delta, {self.total} in all, all finite",
         ]
         if cosines:
-            lines.append(f"rounding        cosine of realised and intended change: lowest {cosines[0][0]:.6f}, median {cosines[len(cosines) // 2][0]:.6f}")
+            lines.append(
+                f"rounding        cosine of realised and intended change: lowest {cosines[0][0]:.6f}, median {cosines[len(cosines) // 2][0]:.6f}"
+            )
             lines += [f"  {cosine:.6f}      {name}" for cosine, name in cosines[:3]]
         for name, source in self.tokenizer.items():
             lines.append(f"tokenizer       {name}: {source}")
-        for label, files in [("base", self.base), *((f"adapter {number + 1}", files) for number, files in enumerate(self.adapters)), ("output", self.output)]:
+        for label, files in [
+            ("base", self.base),
+            *((f"adapter {number + 1}", files) for number, files in enumerate(self.adapters)),
+            ("output", self.output),
+        ]:
             lines += [f"{label:<15} {digest[:16]}  {name}" for name, digest in files.items()]
         if self.divergence:
             lines += [f"divergence      {onto}: {values}" for onto, values in self.divergence.items()]

@@ -1,10 +1,11 @@
 """Read a model or adapter folder tensor by tensor, in blocks of rows, without ever holding a shard in memory.
 
-`Checkpoint(folder)` lists every tensor (`tensors`: name -> `TensorInfo`) of `*.safetensors` shards or, failing that, of `pytorch_model*.bin`
-shards (opened with weights_only=True), and reads rows with `pread`, so the process's memory does not grow with the file.
+`Checkpoint(folder)` lists every tensor (`tensors`: name -> `TensorInfo`) of `*.safetensors` shards or, failing that, of
+`pytorch_model*.bin` shards (opened with weights_only=True), and reads rows with `pread`, so the process's memory does
+not grow with the file.
 
-The safetensors layout is 8 bytes (little-endian length of the header), a JSON header, then the tensors' bytes without holes:
-https://github.com/huggingface/safetensors#format.
+The safetensors layout is 8 bytes (little-endian length of the header), a JSON header, then the tensors' bytes without
+holes: https://github.com/huggingface/safetensors#format.
 """
 
 import json
@@ -55,7 +56,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a checkpoint: its tensors in the order of their bytes, and for safetensors the header's own bytes and metadata."""
+    """One file of a checkpoint: its tensors in the order of their bytes, and for safetensors the header's own bytes and
+    metadata."""
 
     file: Path
     tensors: list[TensorInfo]
@@ -69,7 +71,9 @@ class Checkpoint:
     def __init__(self, folder: str | Path, stem: str = "model", bin_stem: str = "pytorch_model"):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise MergeError(f"{self.folder} is not a folder; expected a local folder with {stem}.safetensors or {bin_stem}.bin (download a hub model first).")
+            raise MergeError(
+                f"{self.folder} is not a folder; expected a local folder with {stem}.safetensors or {bin_stem}.bin (download a hub model first)."
+            )
         self.shards = [_open_safetensors(file) for file in _files(self.folder, stem, ".safetensors")]
         self.is_safetensors = bool(self.shards)
         if not self.shards:
@@ -80,7 +84,9 @@ class Checkpoint:
         for shard in self.shards:
             for info in shard.tensors:
                 if info.name in self.tensors:
-                    raise MergeError(f"{self.folder}: tensor {info.name} is in {self.tensors[info.name].file.name} and in {shard.file.name}; expected once.")
+                    raise MergeError(
+                        f"{self.folder}: tensor {info.name} is in {self.tensors[info.name].file.name} and in {shard.file.name}; expected once."
+                    )
                 self.tensors[info.name] = info
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -92,7 +98,8 @@ class Checkpoint:
         return self.tensors[name]
 
     def read_rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows start..stop of a tensor, shape (stop - start, ...), in the dtype that the file has. A scalar has one row and shape ()."""
+        """Rows start..stop of a tensor, shape (stop - start, ...), in the dtype that the file has. A scalar has one row
+        and shape ()."""
         info = self.tensors[name]
         return self.read(info, start, info.rows if stop is None else stop)
 
@@ -126,7 +133,9 @@ def pread_exactly(descriptor: int, buffer: memoryview, offset: int, file: Path) 
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done:]], offset + done)
         if count == 0:
-            raise MergeError(f"{file} ends at byte {offset + done}, {len(buffer) - done} bytes too early: the file is truncated; download or copy it again.")
+            raise MergeError(
+                f"{file} ends at byte {offset + done}, {len(buffer) - done} bytes too early: the file is truncated; download or copy it again."
+            )
         done += count
 
 
@@ -151,7 +160,9 @@ def _files(folder: Path, stem: str, suffix: str) -> list[Path]:
         files = [folder / name for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise MergeError(f"{index} names {len(missing)} file(s) that are absent, first {missing[0]}; download them again.")
+            raise MergeError(
+                f"{index} names {len(missing)} file(s) that are absent, first {missing[0]}; download them again."
+            )
         return files
     single = folder / f"{stem}{suffix}"
     return [single] if single.exists() else []
@@ -163,7 +174,9 @@ def _open_safetensors(file: Path) -> Shard:
         prefix = stream.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or 8 + length > size:
-            raise MergeError(f"{file} ({size} bytes) ends inside its header: the file is truncated or is not safetensors; download or copy it again.")
+            raise MergeError(
+                f"{file} ({size} bytes) ends inside its header: the file is truncated or is not safetensors; download or copy it again."
+            )
         head = prefix + stream.read(length)
     try:
         header = json.loads(head[8:])
@@ -174,28 +187,43 @@ def _open_safetensors(file: Path) -> Shard:
             for name, entry in entries
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MergeError(f"{file}: the safetensors header cannot be read ({type(error).__name__}: {error}); download or copy the file again.") from None
+        raise MergeError(
+            f"{file}: the safetensors header cannot be read ({type(error).__name__}: {error}); download or copy the file again."
+        ) from None
     end = 8 + length
     for info in tensors:
         if info.offset != end:
-            raise MergeError(f"{file}: tensor {info.name} starts at byte {info.offset}, expected {end}; the header is corrupt.")
+            raise MergeError(
+                f"{file}: tensor {info.name} starts at byte {info.offset}, expected {end}; the header is corrupt."
+            )
         end += info.nbytes
     if end != size:
-        raise MergeError(f"{file} has {size} bytes, its header promises {end}: the file is truncated or damaged; download or copy it again.")
+        raise MergeError(
+            f"{file} has {size} bytes, its header promises {end}: the file is truncated or damaged; download or copy it again."
+        )
     return Shard(file, tensors, head, metadata)
 
 
 def _open_bin(file: Path) -> Shard:
-    """The tensors of a torch zip file and where their bytes lie, without reading them (FakeTensorMode records each storage's offset)."""
+    """The tensors of a torch zip file and where their bytes lie, without reading them (FakeTensorMode records each
+    storage's offset)."""
     try:
         with FakeTensorMode():
             state = torch.load(file, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise MergeError(f"{file} cannot be opened with weights_only=True ({error}); convert it to safetensors.") from None
+        raise MergeError(
+            f"{file} cannot be opened with weights_only=True ({error}); convert it to safetensors."
+        ) from None
     tensors = []
     for name, tensor in state.items():
         offset = tensor.untyped_storage()._checkpoint_offset
         if offset is None or not tensor.is_contiguous():
-            raise MergeError(f"{file}: tensor {name} is not stored as plain contiguous bytes; convert the checkpoint to safetensors.")
-        tensors.append(TensorInfo(name, file, offset + tensor.storage_offset() * tensor.dtype.itemsize, tuple(tensor.shape), tensor.dtype))
+            raise MergeError(
+                f"{file}: tensor {name} is not stored as plain contiguous bytes; convert the checkpoint to safetensors."
+            )
+        tensors.append(
+            TensorInfo(
+                name, file, offset + tensor.storage_offset() * tensor.dtype.itemsize, tuple(tensor.shape), tensor.dtype
+            )
+        )
     return Shard(file, sorted(tensors, key=lambda info: info.offset))

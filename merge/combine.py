@@ -4,7 +4,8 @@
     combination.save("both", rank=32)          # an adapter again: the best approximation of that rank
     fold("base", combination, "merged")        # or folded, with nothing lost to a rank
 
-Each method is a pure function of dense deltas (scale * B @ A, fp32) of one tensor. A tensor's deltas are in memory at once: on a 7B model about 1 GB.
+Each method is a pure function of dense deltas (scale * B @ A, fp32) of one tensor. A tensor's deltas are in memory at
+once: on a 7B model about 1 GB.
 """
 
 import json
@@ -29,7 +30,8 @@ def linear(deltas: Deltas, weights: list[float], density: float, generator: torc
 
 
 def ties(deltas: Deltas, weights: list[float], density: float, generator: torch.Generator) -> torch.Tensor:
-    """Keep each delta's largest `density` of values, elect a sign for each position by weight, average those that agree (TIES, arXiv 2306.01708)."""
+    """Keep each delta's largest `density` of values, elect a sign for each position by weight, average those that agree
+    (TIES, arXiv 2306.01708)."""
     trimmed = []
     for weight, delta in zip(weights, deltas, strict=True):
         keep = max(round(density * delta.numel()), 1)
@@ -45,14 +47,19 @@ def ties(deltas: Deltas, weights: list[float], density: float, generator: torch.
 def dare(deltas: Deltas, weights: list[float], density: float, generator: torch.Generator) -> torch.Tensor:
     """Drop values at random, keeping `density` of them scaled by 1 / density, then add up (DARE, arXiv 2311.03099)."""
     kept = [torch.rand(delta.shape, generator=generator) < density for delta in deltas]
-    return linear([delta * mask / density for delta, mask in zip(deltas, kept, strict=True)], weights, density, generator)
+    return linear(
+        [delta * mask / density for delta, mask in zip(deltas, kept, strict=True)], weights, density, generator
+    )
 
 
 def slerp(deltas: Deltas, weights: list[float], density: float, generator: torch.Generator) -> torch.Tensor:
-    """Between two deltas along the arc that joins them, at w_2 / (w_1 + w_2) of the way (Shoemake 1985); along the chord where they are parallel."""
+    """Between two deltas along the arc that joins them, at w_2 / (w_1 + w_2) of the way (Shoemake 1985); along the
+    chord where they are parallel."""
     first, second = deltas
     way = weights[1] / sum(weights)
-    cosine = torch.nn.functional.cosine_similarity(first.flatten().double(), second.flatten().double(), dim=0).clamp(-1, 1)
+    cosine = torch.nn.functional.cosine_similarity(first.flatten().double(), second.flatten().double(), dim=0).clamp(
+        -1, 1
+    )
     angle = torch.arccos(cosine).item()
     sine = torch.sin(torch.tensor(angle)).item()
     if sine < 1e-4:
@@ -70,18 +77,28 @@ METHODS: dict[str, Callable[[Deltas, list[float], float, torch.Generator], torch
 
 
 class Combination:
-    """Adapters of one base and how to combine them. `weights` default to equal shares of 1; `density` counts for ties and dare, `seed` for dare."""
+    """Adapters of one base and how to combine them. `weights` default to equal shares of 1; `density` counts for ties
+    and dare, `seed` for dare."""
 
     def __init__(
-        self, adapters: Sequence[str | Path], method: str = "linear", weights: Sequence[float] | None = None, density: float = 0.5, seed: int = 0
+        self,
+        adapters: Sequence[str | Path],
+        method: str = "linear",
+        weights: Sequence[float] | None = None,
+        density: float = 0.5,
+        seed: int = 0,
     ):
         if method not in METHODS:
             raise MergeError(f"method = {method!r}; expected one of {', '.join(METHODS)}.")
         if len(adapters) < 2 or (method == "slerp" and len(adapters) != 2):
-            raise MergeError(f"{len(adapters)} adapter(s) given; {method} combines {'exactly 2' if method == 'slerp' else 'at least 2'}.")
+            raise MergeError(
+                f"{len(adapters)} adapter(s) given; {method} combines {'exactly 2' if method == 'slerp' else 'at least 2'}."
+            )
         self.weights = list(weights) if weights is not None else [1 / len(adapters)] * len(adapters)
         if len(self.weights) != len(adapters) or sum(self.weights) == 0:
-            raise MergeError(f"weights = {self.weights}; expected one for each of the {len(adapters)} adapters, with a sum other than 0.")
+            raise MergeError(
+                f"weights = {self.weights}; expected one for each of the {len(adapters)} adapters, with a sum other than 0."
+            )
         if not 0 < density <= 1:
             raise MergeError(f"density = {density}; expected a share above 0 and at most 1.")
         self.method, self.density, self.seed = method, density, seed
@@ -90,23 +107,30 @@ class Combination:
         self.config: dict[str, object] = {}
 
     def describe(self) -> str:
-        parts = ", ".join(f"{weight:g} x {part.folder.name}" for weight, part in zip(self.weights, self.parts, strict=True))
+        parts = ", ".join(
+            f"{weight:g} x {part.folder.name}" for weight, part in zip(self.weights, self.parts, strict=True)
+        )
         return f"{self.method} of {parts} (density {self.density:g}, seed {self.seed})"
 
     def plan(self, base: Checkpoint, lm_head: TensorInfo | None = None) -> dict[str, list[Update]]:
         """As `Adapter.plan`; MergeError for an adapter that does more than add scale * B @ A."""
         plans = [part.plan(base, lm_head) for part in self.parts]
-        return {name: [Combined(self, name, [(i, p[name]) for i, p in enumerate(plans) if name in p])] for name in dict.fromkeys(n for p in plans for n in p)}
+        return {
+            name: [Combined(self, name, [(i, p[name]) for i, p in enumerate(plans) if name in p])]
+            for name in dict.fromkeys(n for p in plans for n in p)
+        }
 
     def delta(self, name: str, deltas: dict[int, torch.Tensor]) -> torch.Tensor:
-        """The combined delta of one tensor from those that have one (number of the adapter -> delta); the others count as zero."""
+        """The combined delta of one tensor from those that have one (number of the adapter -> delta); the others count
+        as zero."""
         some = next(iter(deltas.values()))
         every = [deltas.get(number, torch.zeros_like(some)) for number in range(len(self.parts))]
         generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
         return METHODS[self.method](every, self.weights, self.density, generator)
 
     def save(self, out: str | Path, rank: int, base: str | Path) -> dict[str, float]:
-        """Write the combination as a LoRA adapter of one rank, by a truncated SVD; returns the share of each delta's square that the rank keeps."""
+        """Write the combination as a LoRA adapter of one rank, by a truncated SVD; returns the share of each delta's
+        square that the rank keeps."""
         out = Path(out)
         if out.exists():
             raise MergeError(f"{out} exists already; give another folder or remove it.")
@@ -114,7 +138,9 @@ class Combination:
         for name, (update,) in self.plan(Checkpoint(base)).items():
             assert isinstance(update, Combined)
             if update.transposed:
-                raise MergeError(f"{name}: a combined adapter is written for linear layers only; fold the combination instead.")
+                raise MergeError(
+                    f"{name}: a combined adapter is written for linear layers only; fold the combination instead."
+                )
             update.load()
             delta = update.value
             update.unload()
@@ -124,7 +150,9 @@ class Combination:
             root = s[:rank].sqrt()
             missing = rank - len(root)
             module = PREFIX + name.removesuffix(".weight")
-            tensors[f"{module}.lora_A.weight"] = torch.nn.functional.pad((root[:, None] * v.T[:rank]), (0, 0, 0, missing)).contiguous()
+            tensors[f"{module}.lora_A.weight"] = torch.nn.functional.pad(
+                (root[:, None] * v.T[:rank]), (0, 0, 0, missing)
+            ).contiguous()
             tensors[f"{module}.lora_B.weight"] = torch.nn.functional.pad(u[:, :rank] * root, (0, missing)).contiguous()
         first = self.parts[0].config
         config = {
@@ -152,8 +180,15 @@ class Combined:
         self.combination, self.name = combination, name
         self.updates: list[tuple[int, LowRank]] = []
         for number, plan in updates:
-            if len(plan) != 1 or not isinstance(plan[0], LowRank) or isinstance(plan[0], Undo) or plan[0].infos[2] is not None:
-                raise MergeError(f"{combination.parts[number].folder} does more to {name} than add scale * B @ A (DoRA, saved modules, trained biases, ...); only plain LoRA can be combined.")
+            if (
+                len(plan) != 1
+                or not isinstance(plan[0], LowRank)
+                or isinstance(plan[0], Undo)
+                or plan[0].infos[2] is not None
+            ):
+                raise MergeError(
+                    f"{combination.parts[number].folder} does more to {name} than add scale * B @ A (DoRA, saved modules, trained biases, ...); only plain LoRA can be combined."
+                )
             self.updates.append((number, plan[0]))
         self.transposed = self.updates[0][1].transposed
         self.value = torch.empty(0)

@@ -14,12 +14,24 @@ TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
-LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL", "LICENSE-CODE", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+LICENCES = (
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "LICENSE-MODEL",
+    "LICENSE-CODE",
+    "NOTICE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
+)
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 
-def write_companions(weights: MergedWeights, folder: Path, shard_of: dict[str, str], certificate: Certificate) -> dict[str, str]:
-    """Write them all into `folder`; returns file name -> SHA-256 and fills the certificate's tokenizer entry and notes."""
+def write_companions(
+    weights: MergedWeights, folder: Path, shard_of: dict[str, str], certificate: Certificate
+) -> dict[str, str]:
+    """Write them all into `folder`; returns file name -> SHA-256 and fills the certificate's tokenizer entry and
+    notes."""
     base = weights.base.folder
     certificate.base["config.json"] = sha256(base / "config.json")
     if weights.config == weights.base_config:
@@ -44,16 +56,22 @@ def _write_index(weights: MergedWeights, folder: Path, shard_of: dict[str, str])
             shutil.copyfile(index, folder / index.name)
             return
     size = sum(tensor.nbytes for tensor in weights.tensors.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": dict(sorted(shard_of.items()))})
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": size}, "weight_map": dict(sorted(shard_of.items()))},
+    )
 
 
 def _write_tokenizer(weights: MergedWeights, folder: Path, certificate: Certificate) -> None:
-    """The last adapter that has a tokenizer (training saved it) wins over the base, as one set; so does a chat template."""
+    """The last adapter that has a tokenizer (training saved it) wins over the base, as one set; so does a chat
+    template."""
     places = [adapter.folder for adapter in reversed(weights.adapters)] + [weights.base.folder]
     has_tokenizer = ("tokenizer.json", "tokenizer.model", "vocab.json")
     home = next((place for place in places if any((place / name).is_file() for name in has_tokenizer)), None)
     if home is None:
-        certificate.notes.append("neither the adapter nor the base has a tokenizer (tokenizer.json or tokenizer.model): add one before serving.")
+        certificate.notes.append(
+            "neither the adapter nor the base has a tokenizer (tokenizer.json or tokenizer.model): add one before serving."
+        )
         warnings.warn(certificate.notes[-1], stacklevel=4)
     chosen = {name: home / name for name in (*TOKENIZER, *TEMPLATES) if home and (home / name).is_file()}
     if not any(name in chosen for name in TEMPLATES):
@@ -70,11 +88,14 @@ def _write_tokenizer(weights: MergedWeights, folder: Path, certificate: Certific
             certificate.tokenizer[name] = "the base's"
         else:
             same = original.is_file() and sha256(original) == sha256(file)
-            certificate.tokenizer[name] = f"the adapter's, {'identical to the base' if same else 'the base has none' if not original.is_file() else 'DIFFERS from the base'}"
+            certificate.tokenizer[name] = (
+                f"the adapter's, {'identical to the base' if same else 'the base has none' if not original.is_file() else 'DIFFERS from the base'}"
+            )
 
 
 def _write_generation_config(base: Path, folder: Path, certificate: Certificate) -> None:
-    """Copied; sampling settings without do_sample=true are dropped, since generation ignores them and transformers refuses to save such a file."""
+    """Copied; sampling settings without do_sample=true are dropped, since generation ignores them and transformers
+    refuses to save such a file."""
     file = base / "generation_config.json"
     if not file.exists():
         return
@@ -84,7 +105,9 @@ def _write_generation_config(base: Path, folder: Path, certificate: Certificate)
         shutil.copyfile(file, folder / file.name)
         return
     _write_json(folder / file.name, {key: item for key, item in value.items() if key not in extra})
-    certificate.notes.append(f"generation_config.json: dropped {', '.join(extra)}, which have no meaning without do_sample=true and make the file invalid.")
+    certificate.notes.append(
+        f"generation_config.json: dropped {', '.join(extra)}, which have no meaning without do_sample=true and make the file invalid."
+    )
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """How far each way of merging a QLoRA adapter is from the policy that was trained, measured on sample prompts.
 
-QLoRA trains an adapter on dequant(NF4(W)). Folded into W it meets weights that differ by the quantisation error; folded into dequant(NF4(W)) it meets its own,
-but keeps that error. `choose_base` measures both against the trained policy: dequant(NF4(W)) plus the adapter in fp32, not rounded, which is what
-the unmerged model computes. The model runs a layer at a time, so a 7B needs about 2 GB; everything is computed in fp32, so that only weights differ.
+QLoRA trains an adapter on dequant(NF4(W)). Folded into W it meets weights that differ by the quantisation error; folded
+into dequant(NF4(W)) it meets its own, but keeps that error. `choose_base` measures both against the trained policy:
+dequant(NF4(W)) plus the adapter in fp32, not rounded, which is what the unmerged model computes. The model runs a layer
+at a time, so a 7B needs about 2 GB; everything is computed in fp32, so that only weights differ.
 """
 
 from collections.abc import Sequence
@@ -19,16 +20,23 @@ EMBEDDINGS = "model.embed_tokens.weight"
 
 
 def choose_base(
-    base: str | Path, adapter: str | Path | Sequence[str | Path], prompts: Sequence[Sequence[int]], dtype: str | torch.dtype | None = None
+    base: str | Path,
+    adapter: str | Path | Sequence[str | Path],
+    prompts: Sequence[Sequence[int]],
+    dtype: str | torch.dtype | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """('full' or 'nf4', report): the way of merging with the smaller KL divergence from the trained policy over all positions of the prompts' token ids.
+    """('full' or 'nf4', report): the way of merging with the smaller KL divergence from the trained policy over all
+    positions of the prompts' token ids.
 
-    The report gives for each way `kl`, the mean of KL(trained || merged) in nats a token, and `argmax_agreement`, the share of positions with
-    the same most likely token; and the number of `tokens`. Raises MergeError for a model that is not of the Llama family or for no prompts.
+    The report gives for each way `kl`, the mean of KL(trained || merged) in nats a token, and `argmax_agreement`, the
+    share of positions with the same most likely token; and the number of `tokens`. Raises MergeError for a model that
+    is not of the Llama family or for no prompts.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
-        raise MergeError("no sample prompts to compare the two ways of merging on; give at least one, each with a token or more.")
+        raise MergeError(
+            "no sample prompts to compare the two ways of merging on; give at least one, each with a token or more."
+        )
     trained = log_probabilities(MergedWeights(base, adapter, "nf4", dtype), prompts, rounded=False)
     report: dict[str, Any] = {"tokens": sum(lengths)}
     for onto in ("full", "nf4"):
@@ -38,21 +46,27 @@ def choose_base(
 
 
 def compare(trained: torch.Tensor, merged: torch.Tensor) -> dict[str, float]:
-    """Mean KL(trained || merged) in nats and share of equal argmax, of two (tokens, vocabulary) tensors of log-probabilities."""
-    kl = [(p.exp() * (p - q)).sum(-1).mean().item() * len(p) for p, q in zip(trained.split(64), merged.split(64), strict=True)]
+    """Mean KL(trained || merged) in nats and share of equal argmax, of two (tokens, vocabulary) tensors of
+    log-probabilities."""
+    kl = [
+        (p.exp() * (p - q)).sum(-1).mean().item() * len(p)
+        for p, q in zip(trained.split(64), merged.split(64), strict=True)
+    ]
     agreement = (trained.argmax(-1) == merged.argmax(-1)).float().mean().item()
     return {"kl": sum(kl) / len(trained), "argmax_agreement": agreement}
 
 
 @torch.no_grad()
 def log_probabilities(weights: MergedWeights, prompts: Sequence[Sequence[int]], rounded: bool) -> torch.Tensor:
-    """Log-probabilities of the next token at each position of each prompt, fp32, shape (all tokens, vocabulary); `rounded`: with the weights as they
-    would be written, else as folded in fp32."""
+    """Log-probabilities of the next token at each position of each prompt, fp32, shape (all tokens, vocabulary);
+    `rounded`: with the weights as they would be written, else as folded in fp32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind = weights.config.get("model_type")
     if kind not in FAMILIES:
-        raise MergeError(f"comparing the two ways of merging layer by layer is for the Llama family, this is {kind!r}; set merge.onto to full or nf4.")
+        raise MergeError(
+            f"comparing the two ways of merging layer by layer is for the Llama family, this is {kind!r}; set merge.onto to full or nf4."
+        )
     settings = AutoConfig.for_model(**weights.config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").eval()
@@ -84,7 +98,9 @@ def log_probabilities(weights: MergedWeights, prompts: Sequence[Sequence[int]], 
             layer = load(model.model.layers[number], f"model.layers.{number}")
             for index, state in enumerate(states):
                 positions = torch.arange(state.shape[1])[None]
-                states[index] = layer(state, attention_mask=None, position_ids=positions, position_embeddings=rotary(state, positions))
+                states[index] = layer(
+                    state, attention_mask=None, position_ids=positions, position_embeddings=rotary(state, positions)
+                )
             layer.to("meta")
         hidden = load(model.model.norm, "model.norm")(torch.cat(states, dim=1))[0]
         name = OUTPUT_EMBEDDINGS if OUTPUT_EMBEDDINGS in weights.tensors else EMBEDDINGS

@@ -1,11 +1,13 @@
 """Sequential reading and writing of a shard in large pieces, hashed as the bytes pass.
 
-Small blocks suit the arithmetic (they stay in a core's cache), large pieces suit the kernel and SHA-256: these two classes stand between.
+Small blocks suit the arithmetic (they stay in a core's cache), large pieces suit the kernel and SHA-256: these two
+classes stand between.
 """
 
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +24,8 @@ class Stopped(Exception):
 
 
 class HashingReader:
-    """Reads one file's tensors, mostly forwards, and hashes the file's bytes once, in order, whatever is skipped or read again."""
+    """Reads one file's tensors, mostly forwards, and hashes the file's bytes once, in order, whatever is skipped or
+    read again."""
 
     def __init__(self, file: Path, stop: threading.Event):
         self.file, self.stop = file, stop
@@ -73,10 +76,10 @@ class HashingReader:
 
 
 class HashingWriter:
-    """Gathers blocks into large pieces, hashes and writes them."""
+    """Gathers blocks into large pieces, hashes and writes them, and tells `advance` how many bytes."""
 
-    def __init__(self, file: BinaryIO):
-        self.file = file
+    def __init__(self, file: BinaryIO, advance: Callable[[int], None]):
+        self.file, self.advance = file, advance
         self.hash = hashlib.sha256()
         self.buffer = bytearray(WINDOW)
         self.used = 0
@@ -93,6 +96,7 @@ class HashingWriter:
     def flush(self) -> None:
         view = memoryview(self.buffer)[: self.used]
         self.hash.update(view)
+        self.advance(len(view))
         while view:
             view = view[self.file.write(view) :]
         self.used = 0

@@ -1,9 +1,10 @@
 """What an adapter does to one base tensor: each class applies itself to a block of rows, in fp32.
 
-An update is loaded (`load`) before its tensor and dropped (`unload`) after, so that one tensor's matrices are in memory at a time.
-`apply(weight, start)` takes rows start.. of the base tensor in fp32, shape (rows, columns), and returns them changed in a new tensor.
-The arithmetic is peft's, in its order, in fp32: `get_delta_weight` then one addition. A product of a block of rows equals those rows of the whole
-product bit for bit as long as a block has no fewer than 16 rows (`fold.MIN_ROWS`); smaller ones may go to another BLAS kernel.
+An update is loaded (`load`) before its tensor and dropped (`unload`) after, so that one tensor's matrices are in memory
+at a time. `apply(weight, start)` takes rows start.. of the base tensor in fp32, shape (rows, columns), and returns them
+changed in a new tensor. The arithmetic is peft's, in its order, in fp32: `get_delta_weight` then one addition. A
+product of a block of rows equals those rows of the whole product bit for bit as long as a block has no fewer than 16
+rows (`fold.MIN_ROWS`); smaller ones may go to another BLAS kernel.
 """
 
 import math
@@ -37,10 +38,19 @@ class Update(Protocol):
 
 
 class LowRank:
-    """W + scale * B @ A (LoRA, arXiv 2106.09685), or with a magnitude m: m * (W + scale * B @ A) / ||W + scale * B @ A||, the norm over each output's
-    inputs (DoRA, arXiv 2402.09353). `transposed`: the base stores (in, out), as Conv1D and embeddings do."""
+    """W + scale * B @ A (LoRA, arXiv 2106.09685), or with a magnitude m: m * (W + scale * B @ A) / ||W + scale * B @
+    A||, the norm over each output's inputs (DoRA, arXiv 2402.09353). `transposed`: the base stores (in, out), as Conv1D
+    and embeddings do."""
 
-    def __init__(self, weights: Checkpoint, a: TensorInfo, b: TensorInfo, scale: float, transposed: bool, magnitude: TensorInfo | None = None):
+    def __init__(
+        self,
+        weights: Checkpoint,
+        a: TensorInfo,
+        b: TensorInfo,
+        scale: float,
+        transposed: bool,
+        magnitude: TensorInfo | None = None,
+    ):
         self.weights, self.infos, self.scale, self.transposed = weights, (a, b, magnitude), scale, transposed
         self.whole = magnitude is not None and transposed
         self.a = self.b = torch.empty(0)
@@ -50,7 +60,9 @@ class LowRank:
         a, b, magnitude = self.infos
         product = (a.shape[1], b.shape[0]) if self.transposed else (b.shape[0], a.shape[1])
         if len(a.shape) != 2 or len(b.shape) != 2 or b.shape[1] != a.shape[0] or product != target.shape:
-            raise MergeError(f"{folder}: {b.name} {b.shape} @ {a.name} {a.shape} does not fit the base's {target.name} {target.shape}; the adapter was trained on another base.")
+            raise MergeError(
+                f"{folder}: {b.name} {b.shape} @ {a.name} {a.shape} does not fit the base's {target.name} {target.shape}; the adapter was trained on another base."
+            )
         if magnitude is not None and magnitude.shape != (b.shape[0],):
             raise MergeError(f"{folder}: {magnitude.name} has shape {magnitude.shape}; expected ({b.shape[0]},).")
 
@@ -90,9 +102,12 @@ class LowRank:
 
 
 class Undo(LowRank):
-    """W - scale * B0 @ A0, rounded to the base's dtype: what PiSSA, CorDA, OLoRA and LoRA-GA did to the base when training began (peft 0.21, layer.py)."""
+    """W - scale * B0 @ A0, rounded to the base's dtype: what PiSSA, CorDA, OLoRA and LoRA-GA did to the base when
+    training began (peft 0.21, layer.py)."""
 
-    def __init__(self, weights: Checkpoint, a: TensorInfo, b: TensorInfo, scale: float, transposed: bool, scale_first: bool):
+    def __init__(
+        self, weights: Checkpoint, a: TensorInfo, b: TensorInfo, scale: float, transposed: bool, scale_first: bool
+    ):
         super().__init__(weights, a, b, scale, transposed)
         self.scale_first = scale_first
         self.dtype = torch.float32
@@ -121,7 +136,9 @@ class Replace:
 
     def check(self, target: TensorInfo, folder: Path) -> None:
         if self.info.shape != target.shape and (len(target.shape) != 2 or self.info.shape[1:] != target.shape[1:]):
-            raise MergeError(f"{folder}: {self.info.name} {self.info.shape} does not fit the base's {target.name} {target.shape}; the adapter was trained on another base.")
+            raise MergeError(
+                f"{folder}: {self.info.name} {self.info.shape} does not fit the base's {target.name} {target.shape}; the adapter was trained on another base."
+            )
 
     def shape(self, target: tuple[int, ...]) -> tuple[int, ...]:
         return self.info.shape
@@ -147,11 +164,15 @@ class SetRows:
 
     def check(self, target: TensorInfo, folder: Path) -> None:
         if self.info.shape[1:] != target.shape[1:]:
-            raise MergeError(f"{folder}: {self.info.name} {self.info.shape} does not fit the base's {target.name} {target.shape}; the adapter was trained on another base.")
+            raise MergeError(
+                f"{folder}: {self.info.name} {self.info.shape} does not fit the base's {target.name} {target.shape}; the adapter was trained on another base."
+            )
 
     def shape(self, target: tuple[int, ...]) -> tuple[int, ...]:
         if min(self.indices) < 0 or max(self.indices) >= target[0]:
-            raise MergeError(f"trainable_token_indices names row {max(self.indices)}, but {self.info.name}'s target has {target[0]} rows.")
+            raise MergeError(
+                f"trainable_token_indices names row {max(self.indices)}, but {self.info.name}'s target has {target[0]} rows."
+            )
         return target
 
     def load(self) -> bool:
@@ -179,7 +200,9 @@ class AddBias:
 
     def check(self, target: TensorInfo, folder: Path) -> None:
         if self.info.shape != target.shape:
-            raise MergeError(f"{folder}: {self.info.name} {self.info.shape} does not fit the base's {target.name} {target.shape}.")
+            raise MergeError(
+                f"{folder}: {self.info.name} {self.info.shape} does not fit the base's {target.name} {target.shape}."
+            )
 
     def shape(self, target: tuple[int, ...]) -> tuple[int, ...]:
         return target
@@ -206,9 +229,21 @@ def _same(left: Update, right: Update) -> bool:
             return False
         step = max((1 << 20) // max(left.info.row_bytes, 1), 1)
         blocks = ((start, min(start + step, left.info.rows)) for start in range(0, left.info.rows, step))
-        return all(torch.equal(left.weights.read_rows(left.info.name, *block), right.weights.read_rows(right.info.name, *block)) for block in blocks)
-    if isinstance(left, LowRank) and isinstance(right, LowRank) and left.infos[2] is right.infos[2] is None and left.scale == right.scale:
-        (a, b), (c, d) = ([finite(update.weights, info) for info in update.infos[:2] if info] for update in (left, right))
+        return all(
+            torch.equal(
+                left.weights.read_rows(left.info.name, *block), right.weights.read_rows(right.info.name, *block)
+            )
+            for block in blocks
+        )
+    if (
+        isinstance(left, LowRank)
+        and isinstance(right, LowRank)
+        and left.infos[2] is right.infos[2] is None
+        and left.scale == right.scale
+    ):
+        (a, b), (c, d) = (
+            [finite(update.weights, info) for info in update.infos[:2] if info] for update in (left, right)
+        )
         return left.transposed != right.transposed and torch.equal(a, d.T) and torch.equal(b, c.T)
     return False
 
@@ -217,5 +252,7 @@ def finite(weights: Checkpoint, info: TensorInfo) -> torch.Tensor:
     """A whole tensor in fp32; MergeError if it holds NaN or infinity."""
     value = weights.read_rows(info.name).float()
     if not torch.isfinite(value).all():
-        raise MergeError(f"{info.file}: {info.name} holds NaN or infinity; training diverged or the file is damaged. Use an earlier checkpoint.")
+        raise MergeError(
+            f"{info.file}: {info.name} holds NaN or infinity; training diverged or the file is damaged. Use an earlier checkpoint."
+        )
     return value

@@ -4,15 +4,14 @@
     for name, tensor in weights.tensors.items():
         rows = weights.rows(name, 0, tensor.shape[0])      # fp32, not yet rounded to tensor.dtype
 
-`fold` writes this stream as safetensors and `gguf` quantises it, so neither holds a model in memory nor writes the other's intermediate.
-`base` may be any model folder, with `adapter=None` for a model that is merged already.
+`fold` writes this stream as safetensors and `gguf` quantises it, so neither holds a model in memory nor writes the
+other's intermediate. `base` may be any model folder, with `adapter=None` for a model that is merged already.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,7 +25,8 @@ from merge.updates import Replace, Update, same_effect
 BLOCK_ELEMENTS = 1 << 17
 """Elements in a block of rows: its fp32 working copies stay in a core's second-level cache."""
 MIN_ROWS = 32
-"""No block is smaller (but for a smaller tensor): tiny products may go to another BLAS kernel, which rounds differently."""
+"""No block is smaller (but for a smaller tensor): tiny products may go to another BLAS kernel, which rounds
+differently."""
 
 DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INPUT_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
@@ -57,7 +57,8 @@ class MergedTensor:
 
 
 class MergedWeights:
-    """A base model folder with adapter folders folded in, in order. Raises MergeError for whatever cannot be folded exactly."""
+    """A base model folder with adapter folders folded in, in order. Raises MergeError for whatever cannot be folded
+    exactly."""
 
     def __init__(
         self,
@@ -67,7 +68,9 @@ class MergedWeights:
         dtype: str | torch.dtype | None = None,
     ):
         if onto not in ("full", "nf4"):
-            raise MergeError(f"onto = {onto!r}; expected 'full' (the original weights) or 'nf4' (the 4-bit weights that QLoRA trained on).")
+            raise MergeError(
+                f"onto = {onto!r}; expected 'full' (the original weights) or 'nf4' (the 4-bit weights that QLoRA trained on)."
+            )
         if isinstance(dtype, str) and dtype not in DTYPE_NAMES:
             raise MergeError(f"dtype = {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
         self.onto = onto
@@ -75,7 +78,9 @@ class MergedWeights:
         self.base = Checkpoint(base)
         self.base_config = read_json(self.base.folder / "config.json")
         if "quantization_config" in self.base_config:
-            raise MergeError(f"{base}: config.json has a quantization_config, so these weights are quantised already; fold onto the original checkpoint.")
+            raise MergeError(
+                f"{base}: config.json has a quantization_config, so these weights are quantised already; fold onto the original checkpoint."
+            )
         given = [] if adapter is None else [adapter] if isinstance(adapter, str | Path | Combination) else list(adapter)
         self.adapters = [one if isinstance(one, Combination) else Adapter(one) for one in given]
         self.config = dict(self.base_config)
@@ -115,12 +120,22 @@ class MergedWeights:
         """Make the two plans of a tied pair one and the same list where peft trained them as one."""
         indices = adapter.config.get("trainable_token_indices")
         shared_rows = indices and (not isinstance(indices, dict) or len(indices) == 1) and OUTPUT_EMBEDDINGS not in plan
-        if shared_rows and embeddings in plan or (OUTPUT_EMBEDDINGS in plan and embeddings in plan and same_effect(plan[embeddings], plan[OUTPUT_EMBEDDINGS])):
+        if (
+            shared_rows
+            and embeddings in plan
+            or (
+                OUTPUT_EMBEDDINGS in plan
+                and embeddings in plan
+                and same_effect(plan[embeddings], plan[OUTPUT_EMBEDDINGS])
+            )
+        ):
             plan[OUTPUT_EMBEDDINGS] = plan[embeddings]
 
     def _tensor(self, name: str, source: TensorInfo, updates: list[Update], quantised: bool) -> MergedTensor:
         if updates and source.dtype not in FLOATS:
-            raise MergeError(f"{source.file}: {name} has dtype {source.dtype}; expected float32, float16 or bfloat16 in a base that is folded onto.")
+            raise MergeError(
+                f"{source.file}: {name} has dtype {source.dtype}; expected float32, float16 or bfloat16 in a base that is folded onto."
+            )
         shape = source.shape
         for update in updates:
             shape = update.shape(shape)
@@ -133,17 +148,22 @@ class MergedWeights:
         changed = [tensor for tensor in tensors.values() if tensor.shape != tensor.source.shape]
         for tensor in changed:
             if tensor.name not in (embeddings, OUTPUT_EMBEDDINGS, "lm_head.bias"):
-                raise MergeError(f"the adapter holds {tensor.name} with shape {tensor.shape}, the base has {tensor.source.shape}; only a vocabulary may change its size.")
+                raise MergeError(
+                    f"the adapter holds {tensor.name} with shape {tensor.shape}, the base has {tensor.source.shape}; only a vocabulary may change its size."
+                )
         if not changed:
             return
         sizes = {tensors[name].shape[0] for name in (embeddings, OUTPUT_EMBEDDINGS) if name in tensors}
         if len(sizes) > 1:
-            raise MergeError(f"the input and output embeddings would have {' and '.join(map(str, sorted(sizes)))} rows; the adapter must save both after a resize.")
+            raise MergeError(
+                f"the input and output embeddings would have {' and '.join(map(str, sorted(sizes)))} rows; the adapter must save both after a resize."
+            )
         self.config["vocab_size"] = sizes.pop()
 
     @contextmanager
     def open(self, name: str, read: Read | None = None) -> Iterator["Stream"]:
-        """A tensor ready to be folded block by block; its matrices are dropped at the end. `read` replaces the reader of base rows."""
+        """A tensor ready to be folded block by block; its matrices are dropped at the end. `read` replaces the reader
+        of base rows."""
         stream = Stream(self.tensors[name], read or self._read)
         try:
             yield stream
@@ -151,7 +171,8 @@ class MergedWeights:
             stream.close()
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Folded rows start..stop in fp32, shape (stop - start, ...). Rows of one tensor after another; not for several threads at once."""
+        """Folded rows start..stop in fp32, shape (stop - start, ...). Rows of one tensor after another; not for several
+        threads at once."""
         if self._open is None or self._open[0] != name:
             self.close()
             self._open = (name, Stream(self.tensors[name], self._read))
@@ -181,7 +202,8 @@ class Stream:
 
     @property
     def changes(self) -> bool:
-        """False if the output is the base's tensor, rounded to the output's dtype: no update, or only deltas of exactly zero."""
+        """False if the output is the base's tensor, rounded to the output's dtype: no update, or only deltas of exactly
+        zero."""
         return bool(self.updates) or self.nf4 is not None
 
     @property
@@ -201,7 +223,8 @@ class Stream:
         return list(zip(starts, [*starts[1:], rows], strict=True))
 
     def base_rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows that the updates are folded onto, fp32, a new tensor; zeros past the base's last row if the vocabulary has grown."""
+        """Rows that the updates are folded onto, fp32, a new tensor; zeros past the base's last row if the vocabulary
+        has grown."""
         if self.nf4 is not None:
             return self.nf4.rows(start, stop)
         if self.resized:
@@ -215,7 +238,8 @@ class Stream:
         return weight
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Folded rows start..stop, fp32; the same bits whatever the range, since the work is done in the blocks of `blocks`."""
+        """Folded rows start..stop, fp32; the same bits whatever the range, since the work is done in the blocks of
+        `blocks`."""
         if any(update.whole for update in self.updates):
             if self._whole is None:
                 self._whole = self.apply(self.base_rows(0, self.tensor.shape[0]), 0)

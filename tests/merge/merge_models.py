@@ -1,4 +1,5 @@
-"""Tiny random models with peft adapters whose every trained tensor differs from its start, and the dense fp32 reference that peft itself makes."""
+"""Tiny random models with peft adapters whose every trained tensor differs from its start, and the dense fp32 reference
+that peft itself makes."""
 
 from pathlib import Path
 from typing import Any
@@ -6,19 +7,35 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 
 def llama(**changes: Any) -> PreTrainedModel:
     """A 2-layer Llama with grouped queries; sizes that do not divide evenly into blocks."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=101, hidden_size=64, intermediate_size=136, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(
+        vocab_size=101,
+        hidden_size=64,
+        intermediate_size=136,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     return LlamaForCausalLM(LlamaConfig(**{**sizes, "initializer_range": 0.05, **changes}))
 
 
 def gpt2() -> PreTrainedModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=32, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=101, n_positions=32, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    )
 
 
 def train(model: PeftModel, seed: int = 1, size: float = 0.02) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tests.merge.merge_models import bits, llama, save_adapter, save_base, written
 from transformers import AutoModelForCausalLM
 
 import merge
 from merge.combine import METHODS, dare, linear, slerp, ties
+from tests.merge.merge_models import bits, llama, save_adapter, save_base, written
 
 
 def generator() -> torch.Generator:
@@ -38,7 +38,10 @@ def test_dare_keeps_the_mean_and_the_seed(deltas: list[torch.Tensor]) -> None:
     merged = dare(ones, [0.5, 0.5], 0.3, generator())
     assert merged.mean().item() == pytest.approx(1.0, abs=0.02)
     assert torch.equal(merged, dare(ones, [0.5, 0.5], 0.3, generator()))
-    assert set((dare(deltas, [1.0, 0.0], 0.5, generator()) / deltas[0]).round(decimals=3).unique().tolist()) == {0.0, 2.0}
+    assert set((dare(deltas, [1.0, 0.0], 0.5, generator()) / deltas[0]).round(decimals=3).unique().tolist()) == {
+        0.0,
+        2.0,
+    }
 
 
 def test_slerp_keeps_the_norm_and_meets_the_ends(deltas: list[torch.Tensor]) -> None:
@@ -54,13 +57,20 @@ def pair(tmp_path: Path) -> tuple[Path, list[Path]]:
     """A base and two adapters of different ranks, scales and targets."""
     base = save_base(llama(), tmp_path / "base", torch.float32)
     first = save_adapter(base, tmp_path / "first", r=4)
-    return base, [first, save_adapter(base, tmp_path / "second", r=7, use_rslora=True, target_modules=["q_proj", "v_proj"], seed=4)]
+    return base, [
+        first,
+        save_adapter(base, tmp_path / "second", r=7, use_rslora=True, target_modules=["q_proj", "v_proj"], seed=4),
+    ]
 
 
 def peft_deltas(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
     modules = {name.removeprefix("base_model.model.") + ".weight": module for name, module in tuned.named_modules()}
-    return {name: module.get_delta_weight("default").detach() for name, module in modules.items() if hasattr(module, "get_delta_weight")}
+    return {
+        name: module.get_delta_weight("default").detach()
+        for name, module in modules.items()
+        if hasattr(module, "get_delta_weight")
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -77,7 +87,9 @@ def test_fold_of_a_combination(method: str, pair: tuple[Path, list[Path]], tmp_p
             assert torch.equal(bits(tensor), bits(before[name]))
         elif method == "linear":
             zero = torch.zeros_like(some)
-            assert torch.allclose(tensor, before[name] + 0.7 * first.get(name, zero) + 0.3 * second.get(name, zero), atol=1e-7)
+            assert torch.allclose(
+                tensor, before[name] + 0.7 * first.get(name, zero) + 0.3 * second.get(name, zero), atol=1e-7
+            )
 
 
 def test_saved_at_full_rank_it_is_the_fold(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tests.merge.merge_models import gpt2, llama, save_adapter, save_base, written
 from transformers import AutoModelForCausalLM
 
 import merge
 from merge.divergence import compare, log_probabilities
+from tests.merge.merge_models import gpt2, llama, save_adapter, save_base, written
 
 PROMPTS = [[1, 5, 9, 33, 7], [2], list(range(40, 70))]
 
@@ -26,11 +26,14 @@ def test_layer_at_a_time_equals_the_whole_model(tied: bool, tmp_path: Path) -> N
     adapter = save_adapter(base, tmp_path / "adapter", use_dora=True)
     merge.fold(base, adapter, tmp_path / "out")
     layered = log_probabilities(merge.MergedWeights(base, adapter, "full"), PROMPTS, rounded=True)
-    assert torch.allclose(layered, whole(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)), atol=1e-5)
+    assert torch.allclose(
+        layered, whole(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)), atol=1e-5
+    )
 
 
 def test_choice_and_report(tmp_path: Path) -> None:
-    """The trained policy is peft's unmerged adapter over the dequantised weights: rebuilt here with peft, and the numbers agree."""
+    """The trained policy is peft's unmerged adapter over the dequantised weights: rebuilt here with peft, and the
+    numbers agree."""
     base = save_base(llama(initializer_range=0.2), tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter")
     chosen, report = merge.choose_base(base, adapter, PROMPTS)
@@ -40,7 +43,9 @@ def test_choice_and_report(tmp_path: Path) -> None:
     zero = save_adapter(base, tmp_path / "zero")
     from safetensors.torch import load_file, save_file
 
-    tensors = {name: tensor * ("lora_A" in name) for name, tensor in load_file(zero / "adapter_model.safetensors").items()}
+    tensors = {
+        name: tensor * ("lora_A" in name) for name, tensor in load_file(zero / "adapter_model.safetensors").items()
+    }
     save_file(tensors, zero / "adapter_model.safetensors")
     merge.fold(base, zero, tmp_path / "dequantised", onto="nf4")
     plain.load_state_dict({name: tensor.float() for name, tensor in written(tmp_path / "dequantised").items()})
@@ -68,4 +73,6 @@ def test_refusals(tmp_path: Path) -> None:
         merge.choose_base(base, adapter, [[500]])
     other = save_base(gpt2(), tmp_path / "other")
     with pytest.raises(merge.MergeError, match="gpt2"):
-        merge.choose_base(other, save_adapter(other, tmp_path / "a2", target_modules=["c_attn"], fan_in_fan_out=True), [[1]])
+        merge.choose_base(
+            other, save_adapter(other, tmp_path / "a2", target_modules=["c_attn"], fan_in_fan_out=True), [[1]]
+        )

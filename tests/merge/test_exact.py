@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.merge.merge_models import bits, gpt2, llama, reference, save_adapter, save_base, train, written
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import merge
+from tests.merge.merge_models import bits, gpt2, llama, reference, save_adapter, save_base, train, written
 
 VARIANTS = {
     "lora": {},
@@ -36,8 +36,11 @@ VARIANTS = {
 }
 
 
-def check(base: Path, adapters: list[Path], out: Path, expected: dict[str, torch.Tensor], **options) -> merge.Certificate:
-    """Fold, compare every tensor with the reference rounded once, and reload the result in transformers without a missing or extra key."""
+def check(
+    base: Path, adapters: list[Path], out: Path, expected: dict[str, torch.Tensor], **options
+) -> merge.Certificate:
+    """Fold, compare every tensor with the reference rounded once, and reload the result in transformers without a
+    missing or extra key."""
     certificate = merge.fold(base, adapters, out, **options)
     tensors = written(out)
     for name, tensor in tensors.items():
@@ -61,7 +64,9 @@ def test_variant(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"bias": "all"}, {"use_rslora": True}])
 def test_fan_in_fan_out(config: dict, tmp_path: Path) -> None:
     base = save_base(gpt2(), tmp_path / "base")
-    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **config)
+    adapter = save_adapter(
+        base, tmp_path / "adapter", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **config
+    )
     check(base, [adapter], tmp_path / "out", reference(base, [adapter]))
 
 
@@ -79,7 +84,8 @@ TIED = {
 
 @pytest.mark.parametrize("name", TIED)
 def test_tied_embeddings(name: str, tmp_path: Path) -> None:
-    """A pair that training moved apart is stored apart (else the next load would overwrite one); a pair trained as one stays one."""
+    """A pair that training moved apart is stored apart (else the next load would overwrite one); a pair trained as one
+    stays one."""
     config, stays_tied = TIED[name]
     base = save_base(llama(tie_word_embeddings=True), tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter", **config)
@@ -90,14 +96,18 @@ def test_tied_embeddings(name: str, tmp_path: Path) -> None:
 
 
 def trained_state(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """As `reference`, for a tied pair: peft's in-place merge of the one shared tensor would change both. So each of the two is merged by peft in a copy
-    of the model that stores them apart, and what the trained model really computes with each (adapter unmerged) decides which weight that is."""
+    """As `reference`, for a tied pair: peft's in-place merge of the one shared tensor would change both. So each of the
+    two is merged by peft in a copy of the model that stores them apart, and what the trained model really computes with
+    each (adapter unmerged) decides which weight that is."""
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
     apart = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     original = apart.model.embed_tokens.weight.detach().clone()
     apart.config.tie_word_embeddings = False
     apart.lm_head.weight = torch.nn.Parameter(original.clone())
-    merged = {name: tensor.detach() for name, tensor in PeftModel.from_pretrained(apart, adapter).merge_and_unload().state_dict().items()}
+    merged = {
+        name: tensor.detach()
+        for name, tensor in PeftModel.from_pretrained(apart, adapter).merge_and_unload().state_dict().items()
+    }
     tokens, hidden = torch.arange(101)[None], torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
     candidates = (merged["model.embed_tokens.weight"], merged["lm_head.weight"], original)
     with torch.no_grad():
@@ -106,7 +116,9 @@ def trained_state(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
         ("model.embed_tokens.weight", embedded, lambda weight: torch.nn.functional.embedding(tokens, weight)),
         ("lm_head.weight", projected, lambda weight: hidden @ weight.T),
     ):
-        merged[name] = next(candidate for candidate in candidates if torch.allclose(apply(candidate), wanted, atol=1e-5))
+        merged[name] = next(
+            candidate for candidate in candidates if torch.allclose(apply(candidate), wanted, atol=1e-5)
+        )
     return merged
 
 
@@ -131,13 +143,13 @@ def test_stacked_adapters_fold_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("alpha", [4, 6])
 def test_initialisations_that_change_the_base(init: str, alpha: int, tmp_path: Path) -> None:
     """Folded through the saved initial state: W - s B0 A0 + s B A is what the trained model computes."""
-    from peft import LoraConfig, get_peft_model
-
-    from tests.merge.merge_models import train
 
     base = save_base(llama(), tmp_path / "base", torch.float32)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=init))
+    tuned = get_peft_model(
+        model,
+        LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=init),
+    )
     tuned.save_pretrained(tmp_path / "adapter" / "initial")
     train(tuned)
     tuned.save_pretrained(tmp_path / "adapter")
@@ -166,12 +178,21 @@ def test_bin_shards(tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
     (old / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     check(old, [adapter], tmp_path / "out", reference(base, [adapter]))
-    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == [
+        f"model-0000{n}-of-00002.safetensors" for n in (1, 2)
+    ]
 
 
 def test_larger_than_a_block(tmp_path: Path) -> None:
     """Tensors of several blocks, with a last block that is no multiple of the others, in several shards."""
-    sizes = dict(hidden_size=1024, intermediate_size=2765, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8, vocab_size=333)
+    sizes = dict(
+        hidden_size=1024,
+        intermediate_size=2765,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=333,
+    )
     base = save_base(llama(**sizes), tmp_path / "base", max_shard_size="9MB")
     adapter = save_adapter(base, tmp_path / "adapter", target_modules="all-linear", r=7, lora_alpha=9)
     certificate = check(base, [adapter], tmp_path / "out", reference(base, [adapter]))
@@ -180,9 +201,12 @@ def test_larger_than_a_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows,columns,rank", [(4096, 4096, 16), (11008, 4096, 16), (4097, 11009, 33), (2049, 577, 256), (1025, 8192, 3)])
+@pytest.mark.parametrize(
+    "rows,columns,rank", [(4096, 4096, 16), (11008, 4096, 16), (4097, 11009, 33), (2049, 577, 256), (1025, 8192, 3)]
+)
 def test_blocks_of_a_product_equal_the_whole(rows: int, columns: int, rank: int) -> None:
-    """The arithmetic behind all this: rows of a product, computed by blocks, are those of the whole product to the last bit."""
+    """The arithmetic behind all this: rows of a product, computed by blocks, are those of the whole product to the last
+    bit."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
     whole = b @ a

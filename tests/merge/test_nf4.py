@@ -1,4 +1,5 @@
-"""onto='nf4': the base is bitsandbytes' own NF4 round trip, double quantisation included, bit for bit, and the fold on it is exact."""
+"""onto='nf4': the base is bitsandbytes' own NF4 round trip, double quantisation included, bit for bit, and the fold on
+it is exact."""
 
 from pathlib import Path
 
@@ -6,12 +7,12 @@ import pytest
 import torch
 from bitsandbytes import functional
 from peft import PeftModel
-from tests.merge.merge_models import bits, gpt2, llama, reference, save_adapter, save_base, written
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import merge
 from merge.checkpoint import Checkpoint
 from merge.nf4 import Nf4Tensor
+from tests.merge.merge_models import bits, gpt2, llama, reference, save_adapter, save_base, written
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (300, 512), (7, 96), (4100, 520), (3, 50)])
@@ -30,16 +31,26 @@ def test_round_trip_equals_bitsandbytes(shape: tuple[int, int], dtype: torch.dty
 
 
 def test_fold_onto_what_qlora_trained(tmp_path: Path) -> None:
-    """Against a real 4-bit model: each linear layer dequantised by bitsandbytes, plus peft's delta in fp32, rounded once."""
+    """Against a real 4-bit model: each linear layer dequantised by bitsandbytes, plus peft's delta in fp32, rounded
+    once."""
     base = save_base(llama(), tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     certificate = merge.fold(base, adapter, tmp_path / "out", onto="nf4")
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=settings, device_map="cpu")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=settings, device_map="cpu"
+    )
     expected = {}
     for name, module in model.named_modules():
         if type(module).__name__ == "Linear4bit":
-            expected[f"{name}.weight"] = functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+            expected[f"{name}.weight"] = functional.dequantize_4bit(
+                module.weight.data, module.weight.quant_state
+            ).float()
     assert len(expected) == 14
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
     for name, module in tuned.named_modules():
@@ -56,7 +67,9 @@ def test_saved_modules_are_not_quantised(tmp_path: Path) -> None:
     base = save_base(llama(), tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter", modules_to_save=["lm_head"])
     merge.fold(base, adapter, tmp_path / "out", onto="nf4")
-    assert torch.equal(written(tmp_path / "out")["lm_head.weight"], reference(base, [adapter])["lm_head.weight"].bfloat16())
+    assert torch.equal(
+        written(tmp_path / "out")["lm_head.weight"], reference(base, [adapter])["lm_head.weight"].bfloat16()
+    )
 
 
 def test_unknown_family_is_refused(tmp_path: Path) -> None:
