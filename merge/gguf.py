@@ -47,6 +47,9 @@ K_QUANTS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", 
 
 TYPES = (*FLOATS, *BLOCK_QUANTIZERS, *K_QUANTS)
 
+BLOCKS_AT_ONCE = 4
+"""Blocks of `Stream.blocks` handled together: fewer steps in Python, and still in a core's second-level cache."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -310,7 +313,9 @@ def _write_tensor(descriptor: int, weights: MergedWeights, plan: _Plan, offset: 
         return torch.frombuffer(buffer, dtype=info.dtype, count=count // info.dtype.itemsize).view(-1, *info.shape[1:])
 
     with weights.open(plan.source, read) as stream:
-        for start, stop in stream.blocks():
+        blocks = stream.blocks()
+        for first in range(0, len(blocks), BLOCKS_AT_ONCE):
+            start, stop = blocks[first][0], blocks[min(first + BLOCKS_AT_ONCE, len(blocks)) - 1][1]
             rows = stream.rows(start, stop).view(-1, plan.columns)
             _check_values(rows, weights, plan, start)
             coded = quantize(rows, plan.kind)

@@ -14,10 +14,6 @@ from torch import Tensor
 BLOCK = 32
 """Weights that share one scale."""
 
-# The largest float below one half: trunc(x + copysign(this, x)) rounds halves away from zero and, unlike adding 0.5,
-# does not lift 0.49999997 to 1.
-_HALF = 0.49999997
-
 
 def _f16_bytes(values: Tensor) -> Tensor:
     """(n, 1) fp32 -> (n, 2) uint8: little-endian fp16."""
@@ -74,13 +70,17 @@ def _asymmetric(blocks: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    scratch = blocks.abs()
-    scale = scratch.amax(dim=1, keepdim=True) / 127
-    blocks *= _inverse(scale)
-    blocks += torch.copysign(torch.tensor(_HALF), blocks, out=scratch)
+    low, high = _range(blocks)
+    scale = torch.maximum(high, -low).abs_() / 127  # abs: a block of zeros has no -0 scale
+    # Halves round away from zero: with y = trunc(2 x) that is (y + 1) >> 1, and y >> 1 below zero. All of it is exact,
+    # and 16-bit integers take half the memory traffic of floats.
+    codes = blocks.mul_(2 * _inverse(scale)).to(torch.int16)
+    codes += codes >> 15
+    codes += 1
+    codes >>= 1
     coded = torch.empty(len(blocks), 2 + BLOCK, dtype=torch.uint8)
     coded[:, :2] = _f16_bytes(scale)
-    coded[:, 2:].view(torch.int8).copy_(blocks)
+    coded[:, 2:].view(torch.int8).copy_(codes)
     return coded
 
 
