@@ -1,4 +1,5 @@
-"""Read the formats tutoring and maths data come in, into one shape, with everything that was changed or set aside counted.
+"""Read the formats tutoring and maths data come in, into one shape, with everything that was changed or set aside
+counted.
 
     for example in data_formats.read("train.jsonl"):
         print(example.messages, example.answer)

@@ -29,12 +29,12 @@ class Record(NamedTuple):
 class Adapter:
     """One format.
 
-    convert: row, context -> the row's example. It may raise SkipRow, and DataFormatError for a column that is missing or of a
-        wrong kind.
+    convert: row, context -> the row's example. It may raise SkipRow, and DataFormatError for a column that is missing
+        or of a wrong kind.
     fits: what in the row shows that it is of this format ("columns question and answer, '####' in answer"), or None.
     columns: the columns it reads; the ones in `required` must be there.
-    rank: 3 a data set's own signature, 2 a family's columns, 1 two columns many sets share. format=auto takes the highest rank
-        that fits and refuses when two formats of that rank do.
+    rank: 3 a data set's own signature, 2 a family's columns, 1 two columns many sets share. format=auto takes the
+        highest rank that fits and refuses when two formats of that rank do.
     expand: for formats whose records are not examples one by one (several dialogues in a row, a tree over many rows):
         records -> records that are.
     note: what whoever reads such data must know (a licence that forbids training), shown by `inspect`.
@@ -51,7 +51,7 @@ class Adapter:
 
 @dataclass
 class Context:
-    """What an adapter knows besides the row: the options, the names of the adapter's columns, and where changes are counted."""
+    """What an adapter knows besides the row; `changes` is where it counts what it had to change."""
 
     options: Options
     adapter: Adapter
@@ -60,8 +60,8 @@ class Context:
     def text(self, row: Row, column: str, *, required: bool = True) -> str:
         """The text in `column`, cleaned, "" when it is absent or null and not required.
 
-        Numbers and booleans are written as text. Raises DataFormatError for a missing column or a list or object in it, and
-        SkipRow when a required one is blank.
+        Numbers and booleans are written as text. Raises DataFormatError for a missing column or a list or object in it,
+        and SkipRow when a required one is blank.
         """
         if column not in row:
             if not required:
@@ -133,7 +133,7 @@ def example(
 
 
 def gold(value: Any) -> str | None:
-    """The answer a column states; None for null, blanks and the words that mean there is none (proof, notfound, ...)."""
+    """The answer a column states; None for null, blanks and words that mean there is none (proof, notfound)."""
     answer = to_answer(value)
     return None if answer is None or is_sentinel(answer) else answer
 
@@ -141,11 +141,6 @@ def gold(value: Any) -> str | None:
 def has(row: Row, *columns: str) -> bool:
     """Whether all columns are there."""
     return all(column in row for column in columns)
-
-
-def first_of(row: Row, columns: tuple[str, ...]) -> str | None:
-    """The first of these columns that is there."""
-    return next((column for column in columns if column in row), None)
 
 
 def first_of(row: Row, columns: tuple[str, ...]) -> str | None:
@@ -164,10 +159,12 @@ def pick(row: Row, *columns: str) -> Row:
 
 
 def missing_column(column: str, row: Row, adapter: Adapter) -> DataFormatError:
-    """The message for a column mistake: columns found, columns expected, nearest match, and the option that mends it."""
+    """A column mistake: the columns found, the ones expected, the nearest match, and the option that mends it."""
     close = nearest(column, row)
-    guess = f"The nearest column is {close!r}: try columns={{{column}: {close!r}}}" if close else (
-        f"Name it with columns={{{column}: 'its name in the file'}}, or choose another format"
+    guess = (
+        f"The nearest column is {close!r}: try columns={{{column}: {close!r}}}"
+        if close
+        else (f"Name it with columns={{{column}: 'its name in the file'}}, or choose another format")
     )
     return DataFormatError(
         f"no column {column!r}; columns found: {listed(repr(name) for name in row)}",
@@ -187,5 +184,3 @@ def rename(row: Row, columns: Mapping[str, str]) -> Row:
             )
         renamed[name] = row[source]
     return renamed
-
-

@@ -49,7 +49,8 @@ def _conversation(row: Row, context: Context, column: str) -> Example:
 
 
 def messages(row: Row, context: Context) -> Example:
-    """messages: [{role, content}]; content a text or a list of text parts; `train`, `weight`, `loss`, `loss_weight` honoured.
+    """messages: [{role, content}]; content a text or a list of text parts; `train`, `weight`, `loss`, `loss_weight`
+    honoured.
 
     An `answer` column makes the row a problem: its dialogue may then end with the user.
     """
@@ -59,12 +60,16 @@ def messages(row: Row, context: Context) -> Example:
 def sharegpt(row: Row, context: Context) -> Example:
     """conversations: [{from, value}], human | gpt | system | function_call | observation; system and tools columns.
 
-    ms-swift's conversation: [{human, assistant}] pairs are read too. With `chosen` and `rejected`, chosen is the last turn and
-    rejected stands in meta.
+    ms-swift's conversation: [{human, assistant}] pairs are read too. With `chosen` and `rejected`, chosen is the last
+    turn and rejected stands in meta.
     """
     column = "conversation" if "conversation" in row and "conversations" not in row else "conversations"
     turns = row.get(column)
-    if isinstance(turns, list) and turns and all(isinstance(t, dict) and "human" in t and "assistant" in t for t in turns):
+    if (
+        isinstance(turns, list)
+        and turns
+        and all(isinstance(t, dict) and "human" in t and "assistant" in t for t in turns)
+    ):
         row = {**row, column: [{"role": role, "content": t[role]} for t in turns for role in ("human", "assistant")]}
     return _conversation(row, context, column)
 
@@ -93,8 +98,8 @@ def _fits_sharegpt(row: Row) -> str | None:
 def oasst_paths(records: Iterator[Record]) -> Iterator[Record]:
     """Flat messages with parent ids -> one record for each path from a root to a leaf, under the leaf's number.
 
-    Holds the whole file: a tree's messages may stand anywhere in it. Messages whose parent is not in the file, or that stand
-    in a ring of parents, come out as a record marked `orphan`.
+    Holds the whole file: a tree's messages may stand anywhere in it. Messages whose parent is not in the file, or that
+    stand in a ring of parents, come out as a record marked `orphan`.
     """
     nodes: dict[str, Record] = {}
     children: dict[str | None, list[str]] = {}
@@ -131,7 +136,7 @@ def oasst_paths(records: Iterator[Record]) -> Iterator[Record]:
 
 
 def oasst_tree(row: Row, context: Context) -> Example:
-    """Open Assistant: flat messages (text, role prompter | assistant, parent id); one conversation for each path to a leaf."""
+    """Open Assistant: flat messages with parent ids; one conversation for each path to a leaf."""
     if "orphan" in row:
         raise SkipRow(row["orphan"])
     turns = [{"from": node.get("role"), "value": node.get("text")} for node in row["path"]]
@@ -144,7 +149,9 @@ def _fits_oasst(row: Row) -> str | None:
     return None
 
 
-MESSAGES = Adapter(messages, _fits_messages, ("messages", "answer", "solution", "system", "tools"), ("messages",), rank=2)
+MESSAGES = Adapter(
+    messages, _fits_messages, ("messages", "answer", "solution", "system", "tools"), ("messages",), rank=2
+)
 SHAREGPT = Adapter(
     sharegpt,
     _fits_sharegpt,

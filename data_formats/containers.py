@@ -148,7 +148,9 @@ def _encoding(head: bytes, options: Options, path: str) -> str:
         return "utf-8-sig" if options.encoding.replace("_", "-").casefold() in ("utf-8", "utf8") else options.encoding
     if marked is None and head.count(b"\x00") > len(head) // 4:
         order = "le" if head[1:2] == b"\x00" else "be"
-        raise DataFormatError("many zero bytes and no byte-order mark", f"If it is UTF-16, say encoding='utf-16-{order}'", path=path)
+        raise DataFormatError(
+            "many zero bytes and no byte-order mark", f"If it is UTF-16, say encoding='utf-16-{order}'", path=path
+        )
     return marked or "utf-8-sig"
 
 
@@ -171,7 +173,9 @@ def _text(place: Path, head: bytes, packed: str, options: Options) -> Source:
     if start.startswith("<"):
         if re.match(r"<!doctype html|<html|<head|<body|<script", start, re.IGNORECASE):
             raise DataFormatError(
-                "the file is an HTML page, not data", "The download gave an error or a login page: fetch it again", path=path
+                "the file is an HTML page, not data",
+                "The download gave an error or a login page: fetch it again",
+                path=path,
             )
         return Source(xml_rows(_open(place), path), f"XML{packed}")
     notes: list[str] = []
@@ -210,7 +214,8 @@ def _first_line(file: IO[str]) -> tuple[str, bool]:
 def _is_jsonl(first: str, second: str) -> bool:
     """Whether a text that starts with "{" is JSON Lines: its first line is a whole object and another line follows.
 
-    A first line that is broken, and not the start of a pretty-printed object, is JSON Lines too: its fault is named there.
+    A first line that is broken, and not the start of a pretty-printed object, is JSON Lines too: its fault is named
+    there.
     """
     try:
         _, end = json.JSONDecoder(strict=False).raw_decode(first)
@@ -225,7 +230,9 @@ def _holds_splits(place: Path) -> bool:
         return file.read(HEAD).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
 
 
-def _guarded(records: Iterator[Record | DataFormatError], place: Path, options: Options) -> Iterator[Record | DataFormatError]:
+def _guarded(
+    records: Iterator[Record | DataFormatError], place: Path, options: Options
+) -> Iterator[Record | DataFormatError]:
     """Faults of decoding and unpacking, wherever the reading meets them, as DataFormatError."""
     try:
         yield from records
@@ -248,7 +255,9 @@ def _undecoded(place: Path, error: Exception, options: Options) -> DataFormatErr
                 others = [name for name in ("cp1252", "gbk", "shift_jis", "utf-16") if _decodes(raw, name)]
                 found, line = f"byte 0x{raw[bad.start]:02x} at position {bad.start + 1} is not {encoding}", number
                 fix = " or ".join(f"encoding={name!r}" for name in others if name != encoding)
-                return DataFormatError(found, f"Say how it is written: {fix or 'encoding=...'}", path=place, row=line, unit="line")
+                return DataFormatError(
+                    found, f"Say how it is written: {fix or 'encoding=...'}", path=place, row=line, unit="line"
+                )
             except UnicodeError:
                 break
     return DataFormatError(found, "Say how the file is written: encoding=...", path=place)
@@ -271,7 +280,11 @@ def _folder(place: Path, options: Options) -> Source:
         return _saved(place / _chosen(splits, options.split, place), options)
     if (place / "state.json").is_file():
         return _saved(place, options)
-    files = sorted(p for p in place.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(place).parts))
+    files = sorted(
+        p
+        for p in place.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(place).parts)
+    )
     data = [p for p in files if p.suffix in _SUFFIXES or (p.suffix == ".gz" and Path(p.stem).suffix in _SUFFIXES)]
     if options.split is not None:
         data = [p for p in data if options.split in re.split(r"[\W_]+", str(p.relative_to(place)))]
@@ -292,7 +305,11 @@ def _folder(place: Path, options: Options) -> Source:
     first = _file(data[0], whole)
     rest = (record for p in data[1:] for record in _file(p, whole).records)
     return Source(
-        itertools.chain(first.records, rest), f"folder of {len(data)} files, the first {first.container}", first.unit, True, notes
+        itertools.chain(first.records, rest),
+        f"folder of {len(data)} files, the first {first.container}",
+        first.unit,
+        True,
+        notes,
     )
 
 
@@ -301,7 +318,9 @@ def _chosen(splits: list[str], split: str | None, place: Path | str) -> str:
         return splits[0]
     if split not in splits:
         raise DataFormatError(
-            f"split={split!r} of a data set whose splits are {listed(map(repr, splits))}", "Choose one with split=...", path=place
+            f"split={split!r} of a data set whose splits are {listed(map(repr, splits))}",
+            "Choose one with split=...",
+            path=place,
         )
     return split
 
@@ -331,7 +350,9 @@ def _hub(name: str, options: Options) -> Source:
     try:
         import datasets
     except ImportError as error:
-        raise DataFormatError(f"`datasets` is not installed ({error})", "pip install datasets, or give a file", path=name) from None
+        raise DataFormatError(
+            f"`datasets` is not installed ({error})", "pip install datasets, or give a file", path=name
+        ) from None
     try:
         splits = datasets.get_dataset_split_names(name, options.config)
         split = _chosen(splits, options.split, name)
@@ -352,4 +373,6 @@ def _hub(name: str, options: Options) -> Source:
         except (OSError, ValueError, RuntimeError) as error:
             raise DataFormatError(f"the hub stopped answering ({str(error)[:300]})", "Try again", path=name) from None
 
-    return Source(records(), f"hub data set, split {split}", notes=[f"licence: see https://huggingface.co/datasets/{name}"])
+    return Source(
+        records(), f"hub data set, split {split}", notes=[f"licence: see https://huggingface.co/datasets/{name}"]
+    )

@@ -16,15 +16,17 @@ class ContaminationIndex:
     """The questions of evaluation sets, to look training texts up in.
 
     A run of `n` words that two different questions of the index share is a set phrase ("Express your answer as a common
-    fraction ...") and tells nothing, so it is left out. A question of 8 to n words counts as one run. n = 13 follows the
-    GPT-3 paper (arXiv:2005.14165, appendix C).
+    fraction ...") and tells nothing, so it is left out. A question of 8 to n words counts as one run. n = 13 follows
+    the GPT-3 paper (arXiv:2005.14165, appendix C).
     """
 
     def __init__(self, questions: Iterable[str] = (), *, n: int = 13) -> None:
         self._n = n
         self._exact: set[str] = set()
         self._normalised: set[str] = set()
-        self._runs: dict[int, dict[int, int]] = {}  # length in words -> hash of the run -> number of its question, -1: shared
+        self._runs: dict[
+            int, dict[int, int]
+        ] = {}  # length in words -> hash of the run -> number of its question, -1: shared
         self._count = 0
         for question in questions:
             self.add(question)

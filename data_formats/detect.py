@@ -15,9 +15,9 @@ SAMPLE = 64  # rows looked at
 def detect(rows: list[Row], columns: Iterable[str] = ()) -> tuple[str, str]:
     """(format, why) of the first rows of a file, among the formats that read the `columns` the user has named.
 
-    Every format that fits a row is a candidate for it; the highest rank wins (Adapter.rank). Rows that no format fits are left
-    to the reading, which names their fault. Raises DataFormatError when no format fits any row, when two of the same rank fit,
-    or when rows fit different formats.
+    Every format that fits a row is a candidate for it; the highest rank wins (Adapter.rank). Rows that no format fits
+    are left to the reading, which names their fault. Raises DataFormatError when no format fits any row, when two of
+    the same rank fit, or when rows fit different formats.
     """
     candidates = {name: adapter for name, adapter in FORMATS.items() if set(columns) <= set(adapter.columns)}
     votes: dict[str, tuple[int, str]] = {}

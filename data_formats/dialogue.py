@@ -45,7 +45,7 @@ _BAD_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\ufeff\u
 
 
 def clean_text(text: str, changes: Counter[str]) -> str:
-    """`text` without control and zero-width characters, CRLF as LF, lone surrogates as U+FFFD; what changed is counted."""
+    """`text` without control and zero-width characters, CRLF as LF, lone surrogates as U+FFFD; counted."""
     if "\r" in text:
         changes["CRLF line ends written as LF"] += 1
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -65,10 +65,10 @@ def canonical(
 ) -> list[Message]:
     """The turns of one row as canonical messages (see Example.messages).
 
-    `turns` is a list of {"role" or "from", "content" or "value"} or a string holding one. Adds to `changes`. `opening` is the
-    user turn put before a dialogue the assistant begins. With `prompt_only`, trailing user turns stay and trailing assistant
-    turns are allowed; without it the dialogue is cut after its last assistant turn. `roles` adds speaker names to ROLES.
-    Raises SkipRow when no dialogue can be made of them.
+    `turns` is a list of {"role" or "from", "content" or "value"} or a string holding one. Adds to `changes`. `opening`
+    is the user turn put before a dialogue the assistant begins. With `prompt_only`, trailing user turns stay and
+    trailing assistant turns are allowed; without it the dialogue is cut after its last assistant turn. `roles` adds
+    speaker names to ROLES. Raises SkipRow when no dialogue can be made of them.
     """
     known = {**ROLES, **{k.strip().casefold(): v for k, v in roles.items()}} if roles else ROLES
     messages: list[Message] = []
@@ -121,7 +121,7 @@ def _as_list(turns: object, changes: Counter[str]) -> list[Any]:
 
 
 def parse_text_list(text: str, changes: Counter[str]) -> Any:
-    """A list that a CSV cell or a JSON string holds as text: JSON, else a Python literal (what pandas writes). Counted."""
+    """A list written as text: JSON, else a Python literal (what pandas writes into a CSV cell). Counted."""
     try:
         value = json.loads(text)
         changes["list read from a JSON string"] += 1
@@ -257,5 +257,12 @@ def _check_tools(messages: list[Message]) -> None:
 
 
 def _kind(value: object) -> str:
-    names = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "text", "int": "a number", "float": "a number"}
+    names = {
+        "NoneType": "null",
+        "dict": "an object",
+        "list": "a list",
+        "str": "text",
+        "int": "a number",
+        "float": "a number",
+    }
     return names.get(type(value).__name__, type(value).__name__)

@@ -9,8 +9,9 @@ from pathlib import Path
 class DataFormatError(ValueError):
     """A file, a row or an option cannot be used as it stands.
 
-    Attributes: `path` (the file, or None), `row` (1-based row or line, or None), `unit` ("line" or "row"), `found` (what is
-    there), `fix` (what was expected and what to do). The message holds all of them in one line of plain English.
+    Attributes: `path` (the file, or None), `row` (1-based row or line, or None), `unit` ("line" or "row"), `found`
+    (what is there), `fix` (what was expected and what to do). The message holds all of them in one line of plain
+    English.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class DataFormatError(ValueError):
 
 
 class SkipRow(Exception):
-    """Raised by an adapter: this row is set aside and counted under `reason` (a short phrase, the same for like rows)."""
+    """Raised by an adapter: the row is set aside and counted under `reason`, a phrase that like rows share."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

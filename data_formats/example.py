@@ -18,15 +18,15 @@ class Example:
     """One conversation or problem.
 
     messages: {"role", "content"} with roles system | user | assistant | tool. At most one system turn, first; then user
-        first and strict alternation (an assistant turn that calls a tool is followed by its tool turns and another assistant
-        turn); nothing empty. Assistant turns carry "train": bool (False: no loss on it). A prompt-only example (evaluation
-        sets, verl, CoMTA) ends with the user's turn; every other one ends with the assistant's.
+        first and strict alternation (an assistant turn that calls a tool is followed by its tool turns and another
+        assistant turn); nothing empty. Assistant turns carry "train": bool (False: no loss on it). A prompt-only
+        example (evaluation sets, verl, CoMTA) ends with the user's turn; every other one ends with the assistant's.
     answer: the gold answer, always a string, or None.
     answer_type: number | latex | choice | text | bool | list, or None when there is no answer.
     solution: the worked solution as text, without calculator marks, or None.
     id: the row's own id where it has one, else "<file stem>:<row>".
-    meta: what else is known, JSON-friendly: source, format, row, and by format question, original_question, moves (one list
-        of teacher moves for each assistant turn), error, strategy, intention, rejected, tools (a JSON string), ...
+    meta: what else is known, JSON-friendly: source, format, row, and by format question, original_question, moves (one
+        list of teacher moves for each assistant turn), error, strategy, intention, rejected, tools (a JSON string), ...
     """
 
     messages: list[Message]
@@ -55,7 +55,8 @@ class Example:
     def question(self) -> str:
         """What the example is about: meta["question"] where the format names it, else the user's first words.
 
-        A greeting alone ("Hi!") says nothing about the problem, so user turns are added until there are more than three words.
+        A greeting alone ("Hi!") says nothing about the problem, so user turns are added until there are more than three
+        words.
         """
         named = self.meta.get("question")
         if named:
@@ -76,7 +77,7 @@ class Example:
 
     @property
     def key(self) -> str:
-        """16 hex digits of the normalised question: equal for the same problem whatever its case, spacing or punctuation."""
+        """16 hex digits of the normalised question, equal whatever its case, spacing or punctuation."""
         return question_key(self.question)
 
 

@@ -26,13 +26,13 @@ def strip_calculator(text: str) -> str:
 
 
 def last_hash(text: str) -> str | None:
-    """The text after the last `####` on its line, commas and currency removed; None when there is none or it is empty."""
+    """The text after the last `####` on its line, commas and currency removed; None when absent or empty."""
     found = _HASH.findall(text)
     return clean_number(found[-1]) if found else None
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} or \fbox{...} whose braces balance; also `\boxed 2`. None when absent or empty."""
+    r"""The content of the last balanced \boxed{...} or \fbox{...}; also `\boxed 2`. None when absent or empty."""
     for match in reversed(list(_BOX.finditer(text))):
         start = match.end()
         if text.startswith("{", start):
@@ -77,7 +77,8 @@ def find_answer(text: str) -> str | None:
 
 
 def clean_number(text: str) -> str | None:
-    """`text` trimmed; a number loses thousands commas, a currency sign and Unicode forms (`$1,000` -> `1000`, `−5` -> `-5`).
+    """`text` trimmed; a number loses thousands commas, a currency sign and Unicode forms (`$1,000` -> `1000`, `−5` ->
+    `-5`).
 
     What is not a number is returned as it stands; an empty text gives None.
     """

@@ -27,13 +27,15 @@ class Tally:
 
 @dataclass
 class Inspection:
-    """Counts of one reading. read = kept + skipped; a row is what becomes one example (a dialogue, a path of a message tree).
+    """Counts of one reading. read = kept + skipped; a row is what becomes one example (a dialogue, a path of a message
+    tree).
 
     changes: kind of change -> rows. skips: reason -> rows. `changed` is the number of rows with at least one change.
-    answers: answer type -> examples ("none" for those without). roles: role -> turns. trained_turns: assistant turns with loss.
+    answers: answer type -> examples ("none" for those without). roles: role -> turns. trained_turns: assistant turns
+        with loss.
     prompt_only: examples without an assistant turn at the end. duplicates: examples whose question was seen before;
-    conflicts: those of them with another answer. The last two, like all that counts examples, are filled by `inspect`, which
-    remembers a hash of each question (about 150 bytes an example); nothing else grows with the file.
+    conflicts: those of them with another answer. The last two, like all that counts examples, are filled by `inspect`,
+    which remembers a hash of each question (about 150 bytes an example); nothing else grows with the file.
     """
 
     path: str
@@ -111,7 +113,9 @@ class Inspection:
                 shown = ", ".join(str(row) for row in tally.rows[:8]) + (", …" if tally.count > 8 else "")
                 lines.append(f"  {title:<8} {tally.count:>7}  {kind} (rows {shown})")
         lines.append("turns      " + ", ".join(f"{role} {count}" for role, count in self.roles.items()))
-        lines.append(f"           {self.trained_turns} assistant turns learnt, {self.prompt_only} examples without one at the end")
+        lines.append(
+            f"           {self.trained_turns} assistant turns learnt, {self.prompt_only} examples without one at the end"
+        )
         lines.append("answers    " + ", ".join(f"{kind} {count}" for kind, count in self.answers.most_common()))
         lines.append(f"questions  {self.duplicates} repeated, {self.conflicts.count} of them with another answer")
         return "\n".join(lines)
@@ -120,4 +124,6 @@ class Inspection:
 def _hash(answer: str | None) -> int:
     if answer is None:
         return 0
-    return int.from_bytes(hashlib.blake2b(normalise(answer).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(normalise(answer).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+    )

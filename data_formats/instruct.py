@@ -74,7 +74,8 @@ def _fits_alpaca(row: Row) -> str | None:
 def prompt_completion(row: Row, context: Context) -> Example:
     """TRL's types: prompt with completion, prompt alone, or chosen and rejected; each a text or a list of turns.
 
-    A prompt alone is a prompt-only example; its gold answer comes from `answer` or `ground_truth`, else from `solution`.
+    A prompt alone is a prompt-only example; its gold answer comes from `answer` or `ground_truth`, else from
+    `solution`.
     """
     column = first_of(row, ("completion", "chosen"))
     prompt = row.get("prompt")
@@ -127,7 +128,9 @@ def query_response(row: Row, context: Context) -> Example:
     response = first_of(row, _RESPONSES) or "response"
     user, assistant = context.text(row, query), context.text(row, response)
     answer = gold(row.get("answer")) or find_answer(assistant)
-    return _single(row, context, user, assistant, answer=answer, solution=assistant, meta=pick(row, "id", "type", "source"))
+    return _single(
+        row, context, user, assistant, answer=answer, solution=assistant, meta=pick(row, "id", "type", "source")
+    )
 
 
 def _fits_query(row: Row) -> str | None:
@@ -140,8 +143,8 @@ def _fits_query(row: Row) -> str | None:
 def text(row: Row, context: Context) -> Example:
     """One column of text, for language modelling: the whole of it is learnt, and there is no prompt.
 
-    The text is the only assistant turn, with no user turn before it, and meta["language_modelling"] is True: train on it as it
-    stands, without a chat template. It has no answer and cannot serve GRPO.
+    The text is the only assistant turn, with no user turn before it, and meta["language_modelling"] is True: train on
+    it as it stands, without a chat template. It has no answer and cannot serve GRPO.
     """
     content = context.text(row, "text")
     meta = {"language_modelling": True, **pick(row, "id")}

@@ -112,8 +112,10 @@ class Documents:
         self._number += 1
         if not isinstance(value, dict):
             yield DataFormatError(
-                f"a row that is no JSON object: {shorten(value)}", 'Write {"column": value, ...}',
-                path=self._path, row=self._number,
+                f"a row that is no JSON object: {shorten(value)}",
+                'Write {"column": value, ...}',
+                path=self._path,
+                row=self._number,
             )
             return
         yield Record(value if name is None else {"id": name, **value}, self._number, self._path, changes)
@@ -129,7 +131,7 @@ class Documents:
                 return
 
     def _object(self) -> Iterator[Record | DataFormatError]:
-        """An object whose values are objects is one of rows; one with a list of objects under a known key wraps that list."""
+        """An object of objects is one of rows; one with a list of objects under a known key wraps that list."""
         self._take("{")
         pairs: Row = {}
         lists: list[str] = []
@@ -146,7 +148,9 @@ class Documents:
             if name.casefold() in (*WRAPPERS, self._split) and self._peek() == "[" and self._opens_rows():
                 lists.append(name)
                 if self._split is None and len(lists) > 1:
-                    raise self._error(f"several lists of rows: {listed(map(repr, lists))}", f"Choose one: split={lists[0]!r}")
+                    raise self._error(
+                        f"several lists of rows: {listed(map(repr, lists))}", f"Choose one: split={lists[0]!r}"
+                    )
                 if self._split in (None, name) or (self._split not in SPLITS and len(lists) == 1):
                     yield from self._array()
                 else:

@@ -29,7 +29,7 @@ class JsonReader:
         self.changes.append("NaN or Infinity read as missing")
 
     def decode(self, text: str, position: int = 0, *, lax: bool = False) -> tuple[Any, int]:
-        """(value, end) at `position`. `lax` takes control characters inside strings. Raises ValueError or RecursionError."""
+        """(value, end) at `position`; `lax` takes control characters in strings. May raise ValueError, RecursionError."""
         return (self._lax if lax else self._strict).raw_decode(text, position)
 
     def taken(self) -> tuple[str, ...]:
@@ -59,15 +59,21 @@ def explain(error: ValueError | RecursionError, text: str) -> tuple[str, str]:
     if not isinstance(error, json.JSONDecodeError):
         return f"JSON that Python cannot hold ({error})", "Write the value as text"
     if error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()):
-        return f"JSON cut off: {shorten(text[-60:])}", "The file or the line is truncated, or a string holds a bare newline: get a whole copy"
-    return f"invalid JSON at column {error.pos + 1} ({error.msg}): {shorten(text[error.pos : error.pos + 60])}", "Mend that row"
+        return (
+            f"JSON cut off: {shorten(text[-60:])}",
+            "The file or the line is truncated, or a string holds a bare newline: get a whole copy",
+        )
+    return (
+        f"invalid JSON at column {error.pos + 1} ({error.msg}): {shorten(text[error.pos : error.pos + 60])}",
+        "Mend that row",
+    )
 
 
 def jsonl(lines: IO[str], path: str) -> Iterator[Record | DataFormatError]:
     """Records of a JSON Lines text, a row a line; blank lines are passed over. Lines end with LF only: U+2028 is text.
 
-    A row whose string holds a bare newline is read together with its next lines and counted as changed. A line that cannot be
-    read comes out as a DataFormatError, and the reading can go on after it.
+    A row whose string holds a bare newline is read together with its next lines and counted as changed. A line that
+    cannot be read comes out as a DataFormatError, and the reading can go on after it.
     """
     reader = JsonReader()
     number = 0
@@ -86,14 +92,20 @@ def jsonl(lines: IO[str], path: str) -> Iterator[Record | DataFormatError]:
             if end != len(text):
                 reader.taken()
                 yield DataFormatError(
-                    f"text after the row's end: {shorten(text[end:])}", "Write one JSON object a line", path=path, row=first, unit="line"
+                    f"text after the row's end: {shorten(text[end:])}",
+                    "Write one JSON object a line",
+                    path=path,
+                    row=first,
+                    unit="line",
                 )
                 continue
         except (ValueError, RecursionError) as error:
             reader.taken()
             following: list[str] = []
             joined = None
-            if isinstance(error, json.JSONDecodeError) and error.msg.startswith(("Unterminated string", "Invalid control")):
+            if isinstance(error, json.JSONDecodeError) and error.msg.startswith(
+                ("Unterminated string", "Invalid control")
+            ):
                 joined = _join(reader, text, lines, pending, following)
             if joined is None:
                 pending += reversed(following)
@@ -103,7 +115,13 @@ def jsonl(lines: IO[str], path: str) -> Iterator[Record | DataFormatError]:
             reader.changes.append("bare newline or control character inside a string")
         if not isinstance(value, dict):
             reader.taken()
-            yield DataFormatError(f"a row that is no JSON object: {shorten(value)}", "Write {\"column\": value, ...}", path=path, row=first, unit="line")
+            yield DataFormatError(
+                f"a row that is no JSON object: {shorten(value)}",
+                'Write {"column": value, ...}',
+                path=path,
+                row=first,
+                unit="line",
+            )
             continue
         yield Record(value, first, path, reader.taken())
 

@@ -1,4 +1,4 @@
-"""Problems with worked solutions: GSM8K, its Socratic form, MATH, MetaMathQA, MathInstruct, OpenMathInstruct, NuminaMath."""
+"""Problems with worked solutions: GSM8K, MATH, MetaMathQA, MathInstruct, OpenMathInstruct, NuminaMath."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _fits_math(row: Row) -> str | None:
 
 
 def metamath(row: Row, context: Context) -> Example:
-    """MetaMathQA: query, response, type, original_question. 
+    """MetaMathQA: query, response, type, original_question.
 
     GSM8K_Backward: question, output and answer, or question and answer alone (prompt-only).
     """

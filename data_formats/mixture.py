@@ -34,9 +34,10 @@ class Source:
 class Mixture(Iterator[Example]):
     """The examples of several sources, deterministic under `seed`; `taken` counts them by path as they come.
 
-    Without weights: all of the first source, then all of the second, and so on. With weights: each next example comes from a
-    source drawn by weight, and the mixture ends when the drawn source has no more, since the shares could not be kept beyond;
-    `ended_by` then names it. Sources are streamed. Raises DataFormatError for impossible weights or caps and for bad files.
+    Without weights: all of the first source, then all of the second, and so on. With weights: each next example comes
+    from a source drawn by weight, and the mixture ends when the drawn source has no more, since the shares could not be
+    kept beyond; `ended_by` then names it. Sources are streamed. Raises DataFormatError for impossible weights or caps
+    and for bad files.
     """
 
     def __init__(self, sources: Iterable[Source], seed: int = 0) -> None:
@@ -74,7 +75,9 @@ def _check(sources: list[Source]) -> None:
         raise DataFormatError("a mixture of no sources", "Name at least one")
     weights = [source.weight for source in sources]
     if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
-        raise DataFormatError(f"weights {weights}: some sources have one, some have none", "Give all of them a weight, or none")
+        raise DataFormatError(
+            f"weights {weights}: some sources have one, some have none", "Give all of them a weight, or none"
+        )
     for source in sources:
         if source.weight is not None and not 0 < source.weight < float("inf"):
             raise DataFormatError(f"weight {shorten(source.weight)}", "A weight is above 0", path=source.path)
@@ -88,7 +91,7 @@ def _examples(source: Source, seed: int) -> Iterator[Example]:
 
 
 def sample(examples: Iterable[Example], count: int, seed: int) -> list[Example]:
-    """`count` examples drawn evenly (all, when there are fewer), in their order. Holds `count` in memory (reservoir)."""
+    """`count` examples drawn evenly, or all when there are fewer, in their order. Holds `count` in memory."""
     draw = random.Random(seed)
     kept: list[tuple[int, Example]] = []
     for number, example in enumerate(examples):
@@ -104,16 +107,21 @@ def problem_key(example: Example) -> str:
     return question_key(example.questions[-1])
 
 
-def split_by_problem(examples: Iterable[Example], fraction: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """(train, held out): `fraction` of the problems, not of the rows, is held out, so that no problem stands on both sides.
+def split_by_problem(
+    examples: Iterable[Example], fraction: float, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
+    """(train, held out): `fraction` of the problems, not of the rows, is held out, so that no problem stands on both
+    sides.
 
-    Which ones depends on `seed` and the problems alone, not on their order. At least one problem stays on each side when
-    there are two or more. Raises ValueError unless 0 < fraction < 1.
+    Which ones depends on `seed` and the problems alone, not on their order. At least one problem stays on each side
+    when there are two or more. Raises ValueError unless 0 < fraction < 1.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction is {fraction}: it must stand between 0 and 1")
     order = [(problem_key(example), example) for example in examples]
-    ranked = sorted({key for key, _ in order}, key=lambda key: hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest())
+    ranked = sorted(
+        {key for key, _ in order}, key=lambda key: hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+    )
     count = min(max(round(fraction * len(ranked)), 1), len(ranked) - 1)
     held = set(ranked[:count])
     return [e for key, e in order if key not in held], [e for key, e in order if key in held]

@@ -68,7 +68,9 @@ class Options:
                 raise _wrong(name, getattr(self, name), "a whole number")
         if self.size < 1:
             raise _wrong("size", self.size, "at least 1")
-        if self.limit is not None and (isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1):
+        if self.limit is not None and (
+            isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1
+        ):
             raise _wrong("limit", self.limit, "a whole number of at least 1, or none")
         if not isinstance(self.opening, str) or not self.opening.strip():
             raise _wrong("opening", self.opening, "a text that is not blank")
@@ -76,7 +78,9 @@ class Options:
             try:
                 codecs.lookup(self.encoding)
             except (LookupError, TypeError, ValueError):
-                raise _wrong("encoding", self.encoding, "an encoding Python knows, such as cp1252, gbk or utf-16") from None
+                raise _wrong(
+                    "encoding", self.encoding, "an encoding Python knows, such as cp1252, gbk or utf-16"
+                ) from None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Options:

@@ -17,21 +17,27 @@ PREFIX = "reasoning_gym:"
 def generate(path: str, options: Options) -> Iterator[Record]:
     """Rows of "reasoning_gym:<name>[,<name>...]", `size` in all, the names in turn.
 
-    reasoning-gym draws item i of seed s from seed s + i, so two reads share problems unless their seeds stand at least `size`
-    apart: choose them so, and check the questions themselves. Raises DataFormatError when the package or a name is missing.
+    reasoning-gym draws item i of seed s from seed s + i, so two reads share problems unless their seeds stand at least
+    `size`
+    apart: choose them so, and check the questions themselves. Raises DataFormatError when the package or a name is
+        missing.
     """
     names = [name.strip() for name in path.removeprefix(PREFIX).split(",")]
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise DataFormatError(f"reasoning-gym is not installed ({error})", "pip install reasoning-gym", path=path) from None
+        raise DataFormatError(
+            f"reasoning-gym is not installed ({error})", "pip install reasoning-gym", path=path
+        ) from None
     sets = []
     for place, name in enumerate(names):
         if name not in DATASETS or name == "composite":
             close = nearest(name, DATASETS)
             hint = f"did you mean {close!r}? " if close else ""
-            raise DataFormatError(f"no reasoning_gym data set {name!r}", f"{hint}There are: {listed(DATASETS)}", path=path)
+            raise DataFormatError(
+                f"no reasoning_gym data set {name!r}", f"{hint}There are: {listed(DATASETS)}", path=path
+            )
         count = len(range(place, options.size, len(names)))
         if not count:
             continue
@@ -48,11 +54,11 @@ def generate(path: str, options: Options) -> Iterator[Record]:
 
 
 def reasoning_gym(row: Row, context: Context) -> Example:
-    """question, answer, metadata.answer_cot (a worked solution that ends in "#### 288", where the generator writes one; else ours
-    from WORKED_SOLUTIONS).
+    """question, answer, metadata.answer_cot (a worked solution that ends in "#### 288", where the generator writes one;
+    else ours from WORKED_SOLUTIONS).
 
-    Puzzles that reasoning-gym gives no answer for (many solutions are right) are set aside. Without a worked solution the
-    example is prompt-only.
+    Puzzles that reasoning-gym gives no answer for (many solutions are right) are set aside. Without a worked solution
+    the example is prompt-only.
     """
     metadata = row.get("metadata") or {}
     question = context.text(row, "question")
@@ -81,4 +87,6 @@ def _fits(row: Row) -> str | None:
     return None
 
 
-REASONING_GYM = Adapter(reasoning_gym, _fits, ("question", "answer", "metadata"), ("question", "answer", "metadata"), rank=3)
+REASONING_GYM = Adapter(
+    reasoning_gym, _fits, ("question", "answer", "metadata"), ("question", "answer", "metadata"), rank=3
+)

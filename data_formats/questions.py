@@ -1,4 +1,4 @@
-"""Questions with a gold answer: plain ones, multiple choice, TheoremQA, verl's Parquet rows, and columns the user names."""
+"""Questions with a gold answer: plain, multiple choice, TheoremQA, verl, and columns the user names."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _SHORT = 100  # characters: an answer column longer than this, or of several lin
 def qa_answer(row: Row, context: Context) -> Example:
     """question with answer (or golden, final_answer, expected_answer), and maybe a worked solution (or cot, rationale).
 
-    A long answer column is a worked solution: its gold answer is the last "####", box or "the answer is" in it, if any. A
-    short answer is gold and is what the assistant says; `golden` and `expected_answer` are for checking only: prompt-only.
+    A long answer column is a worked solution: its gold answer is the last "####", box or "the answer is" in it, if any.
+    A short answer is gold and is what the assistant says; `golden` and `expected_answer` are for checking only:
+    prompt-only.
     """
     question = context.text(row, "question")
     passage = context.text(row, "passage", required=False)
@@ -49,7 +50,9 @@ def qa_answer(row: Row, context: Context) -> Example:
     answer = gold(stated)
     if answer is None:
         raise SkipRow(f"no answer: {answer_column} is {shorten(stated, 20)}")
-    says = context.text({"answer": to_answer(stated)}, "answer") if answer_column in ("answer", "final_answer") else None
+    says = (
+        context.text({"answer": to_answer(stated)}, "answer") if answer_column in ("answer", "final_answer") else None
+    )
     if says is not None and isinstance(stated, str):
         says = context.text(row, answer_column).strip()
     return context.problem(question, says, answer=answer, system=system, meta=meta)
@@ -72,8 +75,8 @@ def custom(row: Row, context: Context) -> Example:
 def multiple_choice(row: Row, context: Context) -> Example:
     """question, options (list, object or text), the letter (correct, answer, Answer, answerKey), maybe a rationale.
 
-    The prompt lists the options as "A) ..."; the answer is the letter, type `choice`. An index or an option's own text is
-    turned into its letter. Rows without options (TabMWP's free-text half) are plain questions.
+    The prompt lists the options as "A) ..."; the answer is the letter, type `choice`. An index or an option's own text
+    is turned into its letter. Rows without options (TabMWP's free-text half) are plain questions.
     """
     parts = [context.text(row, name, required=False) for name in ("passage", "table")]
     parts.append(context.text(row, "question"))
@@ -84,6 +87,7 @@ def multiple_choice(row: Row, context: Context) -> Example:
     solution = context.text(row, first_of(row, ("rationale", "solution", "explanation")) or "rationale", required=False)
     meta = pick(row, "id", "grade", "subject", "source")
     answer_type: str | None = "choice"
+    answer: str | None
     if options:
         lines, letters = _options(options)
         answer = _letter(row[column], letters)
@@ -123,7 +127,9 @@ def _options(options: Any) -> tuple[list[str], dict[str, str]]:
     letters = {}
     for place, option in enumerate(map(str, options)):
         label = _LABEL.match(option)
-        letters[label[1] if label else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[place % 26]] = option[label.end() if label else 0 :].strip()
+        letters[label[1] if label else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[place % 26]] = option[
+            label.end() if label else 0 :
+        ].strip()
     return [f"{letter}) {text}" for letter, text in letters.items()], letters
 
 
@@ -144,7 +150,12 @@ def _letter(stated: Any, letters: dict[str, str]) -> str:
 
 def _fits_choice(row: Row) -> str | None:
     column = first_of(row, ("options", "choices"))
-    if "question" in row and column and row[column] and first_of(row, ("correct", "answerKey", "answer", "Answer", "label")):
+    if (
+        "question" in row
+        and column
+        and row[column]
+        and first_of(row, ("correct", "answerKey", "answer", "Answer", "label"))
+    ):
         return f"columns question and {column}"
     return None
 
@@ -160,7 +171,7 @@ _THEOREM_TYPES = {
 
 
 def theoremqa(row: Row, context: Context) -> Example:
-    """Question, Answer (number, bool, list or text), Answer_type, Picture. Rows that need their picture are set aside."""
+    """Question, Answer (number, bool, list or text), Answer_type, Picture. Rows that need it are set aside."""
     if row.get("Picture"):
         raise SkipRow("needs its picture")
     question = context.text(row, "Question")

@@ -24,16 +24,16 @@ _log = logging.getLogger(__name__)
 def read(path: str | Path, format: str = "auto", **options: Any) -> Reader:
     """The examples of a file, folder, hub data set or "reasoning_gym:<name>", one at a time.
 
-    `format` is a name in FORMATS, or "auto": told from the content. Options are in `Options`. The iterator's `inspection`
-    holds the counts so far; when rows were set aside, a warning with the reasons is logged at the end.
-    Raises DataFormatError, and nothing else, for a file that cannot be read: at once for what can be seen in its first rows,
-    otherwise where the fault stands.
+    `format` is a name in FORMATS, or "auto": told from the content. Options are in `Options`. The iterator's
+    `inspection` holds the counts so far; when rows were set aside, a warning with the reasons is logged at the end.
+    Raises DataFormatError, and nothing else, for a file that cannot be read: at once for what can be seen in its first
+    rows, otherwise where the fault stands.
     """
     return Reader(path, format, Options.of(options), log=True)
 
 
 def inspect(path: str | Path, format: str = "auto", **options: Any) -> Inspection:
-    """Read all of it and count: rows read, kept, changed and skipped, by kind, with row numbers. Raises as `read` does."""
+    """Read all of it and count: rows read, kept, changed and skipped, by kind, with row numbers."""
     reader = Reader(path, format, Options.of(options), log=False)
     for example in reader:
         reader.inspection.add_example(example)
@@ -49,7 +49,9 @@ class Reader(Iterator[Example]):
         if format != "auto" and format not in FORMATS:
             close = nearest(format, FORMATS)
             hint = f"did you mean {close!r}? " if close else ""
-            raise DataFormatError(f"unknown format {format!r}", f"{hint}Formats are: auto, {', '.join(FORMATS)}", path=path)
+            raise DataFormatError(
+                f"unknown format {format!r}", f"{hint}Formats are: auto, {', '.join(FORMATS)}", path=path
+            )
         self._source = open_source(str(path), options)
         self.inspection = Inspection(str(path), container=self._source.container, notes=self._source.notes)
         records = self._rows(self._source.records)
@@ -75,7 +77,9 @@ class Reader(Iterator[Example]):
 
     def _rows(self, records: Iterator[Record | DataFormatError]) -> Iterator[Record]:
         """Records with the user's filter applied and columns renamed; faults are raised or counted."""
-        wanted = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in self._options.filter.items()}
+        wanted = {
+            name: value if isinstance(value, (list, tuple)) else [value] for name, value in self._options.filter.items()
+        }
         for record in records:
             if isinstance(record, DataFormatError):
                 self._fault(record)
@@ -111,7 +115,9 @@ class Reader(Iterator[Example]):
         if not counts.kept:
             raise self._nothing_left()
         if self._log_at_end and counts.skipped:
-            _log.warning("%s: %d of %d rows were set aside: %s", counts.path, counts.skipped, counts.read, counts.reasons())
+            _log.warning(
+                "%s: %d of %d rows were set aside: %s", counts.path, counts.skipped, counts.read, counts.reasons()
+            )
 
     def _named(self, example: Example, record: Record) -> Example:
         """With its id and the place it came from."""
@@ -121,7 +127,9 @@ class Reader(Iterator[Example]):
         row = record.row
         own = example.meta.pop("id", None)
         if own is None:
-            own = next((row[name] for name in _ID_COLUMNS if isinstance(row.get(name), (str, int)) and row[name] != ""), None)
+            own = next(
+                (row[name] for name in _ID_COLUMNS if isinstance(row.get(name), (str, int)) and row[name] != ""), None
+            )
         example.id = f"{stem}:{record.number}" if own is None else str(own)
         example.meta.update(source=stem, format=self.inspection.format, row=record.number)
         return example

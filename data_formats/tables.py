@@ -28,7 +28,8 @@ def delimiter_of(header: str) -> str:
 
 
 def csv_rows(text: IO[str], path: str, delimiter: str) -> Iterator[Record | DataFormatError]:
-    """Records of a CSV text with a header. A blank cell is "". Numbers are those of the records, the header not counted.
+    """Records of a CSV text with a header. A blank cell is "". Numbers are those of the records, the header not
+    counted.
 
     A row with more or fewer cells than the header comes out as a DataFormatError. An Excel `sep=;` line is passed over.
     """
@@ -54,7 +55,9 @@ def csv_rows(text: IO[str], path: str, delimiter: str) -> Iterator[Record | Data
             header = cells
             twice = sorted({name for name in header if name and header.count(name) > 1})
             if twice:
-                raise DataFormatError(f"the header names {listed(map(repr, twice))} twice", "Rename one of them", path=path)
+                raise DataFormatError(
+                    f"the header names {listed(map(repr, twice))} twice", "Rename one of them", path=path
+                )
             continue
         if not cells:
             continue  # a blank line
@@ -114,7 +117,9 @@ def _batches(batches: Any, path: str, number: int) -> Iterator[Record]:
 def _unreadable(kind: str, error: Exception, path: str) -> DataFormatError:
     if isinstance(error, DataFormatError):
         return error
-    return DataFormatError(f"{kind} that cannot be read ({str(error)[:200]})", "Get a whole copy of the file", path=path)
+    return DataFormatError(
+        f"{kind} that cannot be read ({str(error)[:200]})", "Get a whole copy of the file", path=path
+    )
 
 
 def xml_rows(file: IO[bytes], path: str) -> Iterator[Record]:
@@ -144,6 +149,10 @@ def xml_rows(file: IO[bytes], path: str) -> Iterator[Record]:
                 if parents:
                     parents[-1].remove(element)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise DataFormatError(f"XML that cannot be parsed ({error})", "Mend the file there", path=path, row=number + 1) from None
+        raise DataFormatError(
+            f"XML that cannot be parsed ({error})", "Mend the file there", path=path, row=number + 1
+        ) from None
     if not number:
-        raise DataFormatError("XML without <Problem> elements", "Only ASDiv's XML is read: convert the rest to JSON", path=path)
+        raise DataFormatError(
+            "XML without <Problem> elements", "Only ASDiv's XML is read: convert the rest to JSON", path=path
+        )

@@ -1,7 +1,7 @@
 """Chat-template tokens inside content: found, and escaped or refused, so that text is never trained on as structure.
 
-The tokens are the tokenizer's own special-token strings ("<|im_end|>", "<s>") and, for templates that write speakers as plain
-text (DeepSeek's "User: ", "Assistant: "), its role markers, which only mean something at the start of a line.
+The tokens are the tokenizer's own special-token strings ("<|im_end|>", "<s>") and, for templates that write speakers as
+plain text (DeepSeek's "User: ", "Assistant: "), its role markers, which only mean something at the start of a line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class TemplateTokens:
 
     def __init__(self, special_tokens: Iterable[str], role_markers: Iterable[str] = ()) -> None:
         tokens = sorted({token for token in special_tokens if token.strip()}, key=lambda token: (-len(token), token))
-        markers = sorted({marker.strip() for marker in role_markers if marker.strip()}, key=lambda word: (-len(word), word))
+        markers = sorted(
+            {marker.strip() for marker in role_markers if marker.strip()}, key=lambda word: (-len(word), word)
+        )
         parts = [re.escape(token) for token in tokens]
         if markers:
             parts.append(rf"(?:(?<=\n)|(?<=\r)|\A)[ \t]*(?:{'|'.join(map(re.escape, markers))})")
@@ -46,7 +48,7 @@ class TemplateTokens:
         return text, found
 
     def guard(self, messages: list[Message], action: str = "escape") -> tuple[list[Message], Counter[str]]:
-        """(messages, what was found) with every content escaped; `refuse` raises DataFormatError when anything is found."""
+        """(messages, what was found), escaped; `refuse` raises DataFormatError when anything is found."""
         if action not in ACTIONS:
             raise ValueError(f"action is {action!r}: it must be one of {', '.join(ACTIONS)}")
         total: Counter[str] = Counter()
@@ -68,5 +70,5 @@ def _broken(match: re.Match[str]) -> str:
     text = match.group()
     stripped = text.rstrip()
     if stripped.endswith(":") and stripped != ":":
-        return f"{stripped[:-1]} :{text[len(stripped):]}"
+        return f"{stripped[:-1]} :{text[len(stripped) :]}"
     return f"{text[:1]} {text[1:]}"

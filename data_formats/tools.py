@@ -15,7 +15,8 @@ _OUTPUT = re.compile(r"```output[ \t]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
 def tool_integrated(row: Row, context: Context) -> Example:
     """ToRA: messages, gt, gt_cot; and its model outputs: question, code, gt.
 
-    Each ```output block becomes a tool turn, which is never learnt; what stands before and after it are assistant turns.
+    Each ```output block becomes a tool turn, which is never learnt; what stands before and after it are assistant
+    turns.
     """
     turns: list[Message] = []
     if "messages" in row:

@@ -1,4 +1,4 @@
-"""Tutoring dialogues. The student is the user, the teacher the assistant; teacher moves and annotations stay in meta."""
+"""Tutoring dialogues. The student is the user, the teacher the assistant; moves and notes stay in meta."""
 
 from __future__ import annotations
 
@@ -37,13 +37,16 @@ def _final_line(text: str) -> tuple[str | None, str]:
 
 
 def mathdial(row: Row, context: Context) -> Example:
-    """MathDial (eth-nlped/mathdial): a question, a student's wrong solution, and the talk "Teacher: (move)..|EOM|Student: ..".
+    """MathDial (eth-nlped/mathdial): a question, a student's wrong solution, and the talk "Teacher:
+    (move)..|EOM|Student: ..".
 
-    System: the problem, the teacher's note on the confusion and the student's profile. First user turn: the problem and the
-    student's solution. Teacher -> assistant, any other speaker (students go by name in some rows) -> user. Moves stand in
-    meta["moves"]. The answer is the last line of ground_truth.
+    System: the problem, the teacher's note on the confusion and the student's profile. First user turn: the problem and
+    the student's solution. Teacher -> assistant, any other speaker (students go by name in some rows) -> user. Moves
+    stand in meta["moves"]. The answer is the last line of ground_truth.
     """
-    texts = {name: _real_newlines(context.text(row, name), context) for name in ("question", "ground_truth", "conversation")}
+    texts = {
+        name: _real_newlines(context.text(row, name), context) for name in ("question", "ground_truth", "conversation")
+    }
     question, truth = texts["question"].strip(), texts["ground_truth"]
     attempt = _real_newlines(context.text(row, "student_incorrect_solution", required=False), context).strip()
     turns: list[Message] = [
@@ -125,7 +128,11 @@ def _opened(history: list[Message], topic: str) -> list[Message]:
 
 def _spoken(turn: Any) -> Message:
     """{user: who speaks, text} as a turn."""
-    if not isinstance(turn, dict) or not isinstance(turn.get("user"), str) or not isinstance(turn.get("text"), (str, type(None))):
+    if (
+        not isinstance(turn, dict)
+        or not isinstance(turn.get("user"), str)
+        or not isinstance(turn.get("text"), (str, type(None)))
+    ):
         raise SkipRow("a turn without a speaker (user) and a text")
     return {"role": _role(turn["user"]), "content": turn["text"] or ""}
 
@@ -145,10 +152,11 @@ _ASKED = re.compile(r"The question is:\s*(.+)", re.DOTALL)
 
 
 def mrbench(row: Row, context: Context) -> Example:
-    """MRBench (UnifyingAITutorEvaluation), v2 and v3: a history as text, and replies of several tutors with annotations.
+    """MRBench (UnifyingAITutorEvaluation), v2 and v3: a history as text, and replies of several tutors with
+    annotations.
 
-    The Expert's reply is the only turn learnt; the others stand in meta["responses"] with their annotations. "Not Available"
-    means none. The answer is the last line of the reference solution when that is a number.
+    The Expert's reply is the only turn learnt; the others stand in meta["responses"] with their annotations. "Not
+    Available" means none. The answer is the last line of the reference solution when that is a number.
     """
     history = context.text(row, "conversation_history").replace("\u00a0", " ")
     pieces = _SPEAKER.split(history)
@@ -174,13 +182,20 @@ def mrbench(row: Row, context: Context) -> Example:
     meta["question"] = asked[1].strip() if asked else "\n".join([topic, *(turn["content"] for turn in spoken)])
     meta["responses"] = [{"tutor": name, **reply} for name, reply in replies.items()]
     system = tutor_prompt(("Lesson", topic), _ground_truth(context, truth))
-    turns = [system, *_opened(spoken, topic or "this problem"), *spoken, {"role": "assistant", "content": expert.get("response")}]
+    turns = [
+        system,
+        *_opened(spoken, topic or "this problem"),
+        *spoken,
+        {"role": "assistant", "content": expert.get("response")},
+    ]
     return example(context.dialogue(turns), answer=answer, solution=solution, meta=meta)
 
 
 def _fits_mrbench(row: Row) -> str | None:
     if is_text(row, "conversation_history") and ("anno_llm_responses" in row or "tutor_responses" in row):
-        return "columns conversation_history and " + ("tutor_responses" if "tutor_responses" in row else "anno_llm_responses")
+        return "columns conversation_history and " + (
+            "tutor_responses" if "tutor_responses" in row else "anno_llm_responses"
+        )
     return None
 
 
@@ -196,14 +211,18 @@ def socrateach_dialogues(records: Iterator[Record]) -> Iterator[Record]:
 
 
 def socrateach(row: Row, context: Context) -> Example:
-    """SocraTeach. multi: question, analysis, answer, steps, dialogues of {system: the TEACHER, user: the student}; END closes.
+    """SocraTeach. multi: question, analysis, answer, steps, dialogues of {system: the TEACHER, user: the student}; END
+    closes.
 
     single: prompt, response, history of [teacher, student] pairs; only the response is learnt.
     """
     if "dialogue" in row:
         question = context.text(row, "question")
         analysis = context.text(row, "analysis", required=False)
-        turns = [tutor_prompt(("Problem", question), _ground_truth(context, analysis)), {"role": "user", "content": question}]
+        turns = [
+            tutor_prompt(("Problem", question), _ground_truth(context, analysis)),
+            {"role": "user", "content": question},
+        ]
         kinds = []
         for turn in context.listed(row, "dialogue"):
             if not isinstance(turn, dict):
@@ -256,7 +275,7 @@ def _fits_comta(row: Row) -> str | None:
 
 
 def dialog_history(row: Row, context: Context) -> Example:
-    """MathTutorBench: problem (may be ""), topic, reference_solution, dialog_history [{text, user: Teacher | Student}]."""
+    """MathTutorBench: problem (may be ""), topic, reference_solution, dialog_history [{text, user}]."""
     facts = {name: context.text(row, name, required=False) for name in ("problem", "topic", "reference_solution")}
     problem, topic, truth = ("" if is_sentinel(text) else text.strip() for text in facts.values())
     spoken = [_spoken(turn) for turn in context.listed(row, "dialog_history")]
@@ -280,15 +299,21 @@ def cima_replies(records: Iterator[Record]) -> Iterator[Record]:
             continue
         for place, reply in enumerate(replies):
             action = actions[place] if isinstance(actions, list) and place < len(actions) else None
-            row = {**record.row, "reply": reply, "action": action, "id": f"{record.row.get('id', record.number)}:{place}"}
+            row = {
+                **record.row,
+                "reply": reply,
+                "action": action,
+                "id": f"{record.row.get('id', record.number)}:{place}",
+            }
             yield record._replace(row=row)
 
 
 def cima(row: Row, context: Context) -> Example:
-    """CIMA (kstats/CIMA), Italian: past_convo alternates tutor and student, the tutor first; each tutor's reply is a target.
+    """CIMA (kstats/CIMA), Italian: past_convo alternates tutor and student, the tutor first; each tutor's reply is a
+    target.
 
-    Only the reply is learnt. meta["actions"] holds its five flags as the file has them. The words to be used are the ground
-    truth.
+    Only the reply is learnt. meta["actions"] holds its five flags as the file has them. The words to be used are the
+    ground truth.
     """
     past = context.listed(row, "past_convo")
     if not isinstance(row.get("reply"), str):
@@ -301,9 +326,15 @@ def cima(row: Row, context: Context) -> Example:
     truth = ("Vocabulary", words if context.options.ground_truth_in_system else "")
     system = tutor_prompt(truth, role="You are a tutor of Italian. Help the student find the words by themselves.")
     spoken = [
-        {"role": "user" if place % 2 else "assistant", "content": said, "train": False} for place, said in enumerate(past)
+        {"role": "user" if place % 2 else "assistant", "content": said, "train": False}
+        for place, said in enumerate(past)
     ]
-    turns = [system, {"role": "user", "content": "I am ready."}, *spoken, {"role": "assistant", "content": row["reply"]}]
+    turns = [
+        system,
+        {"role": "user", "content": "I am ready."},
+        *spoken,
+        {"role": "assistant", "content": row["reply"]},
+    ]
     meta = {"question": clean_text("\n".join(map(str, past)), context.changes), **pick(row, "id")}
     if row.get("action") is not None:
         meta["actions"] = row["action"]
@@ -317,7 +348,14 @@ def _fits_cima(row: Row) -> str | None:
 MATHDIAL = Adapter(
     mathdial,
     _fits_mathdial,
-    ("question", "ground_truth", "conversation", "student_incorrect_solution", "student_profile", "teacher_described_confusion"),
+    (
+        "question",
+        "ground_truth",
+        "conversation",
+        "student_incorrect_solution",
+        "student_profile",
+        "teacher_described_confusion",
+    ),
     ("question", "ground_truth", "conversation"),
     rank=3,
 )
@@ -355,4 +393,6 @@ DIALOG_HISTORY = Adapter(
     ("dialog_history",),
     rank=3,
 )
-CIMA = Adapter(cima, _fits_cima, ("past_convo", "tutorResponses"), ("past_convo", "tutorResponses"), rank=3, expand=cima_replies)
+CIMA = Adapter(
+    cima, _fits_cima, ("past_convo", "tutorResponses"), ("past_convo", "tutorResponses"), rank=3, expand=cima_replies
+)

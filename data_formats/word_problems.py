@@ -15,8 +15,8 @@ _UNIT = re.compile(r"\(([^()]*)\)\s*$")
 def word_problem(row: Row, context: Context) -> Example:
     """SVAMP and ASDiv: Body, Question, Answer, Equation or Formula. MAWPS and GSM-Hard: input, target, maybe code.
 
-    A body without final punctuation gets a full stop before its question. ASDiv's "9 (apples)" becomes 9 with meta["unit"];
-    several answers ("12 (red); 5 (blue)") become a list.
+    A body without final punctuation gets a full stop before its question. ASDiv's "9 (apples)" becomes 9 with
+    meta["unit"]; several answers ("12 (red); 5 (blue)") become a list.
     """
     answer_type = None
     if "Body" in row or "Question" in row:

@@ -13,7 +13,10 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is
 
 
 def is_canonical(messages: list[dict], *, prompt_only: bool = False) -> bool:
-    """At most one system turn, first; then user first, strict alternation (tool turns aside), nothing empty, assistant last."""
+    """At most one system turn, first.
+
+    Then user first, strict alternation (tool turns aside), nothing empty, assistant last.
+    """
     roles = [message["role"] for message in messages]
     if roles[:1] == ["system"]:
         roles = roles[1:]

@@ -1,6 +1,6 @@
 """Fuzz data_formats.read with atheris: no exception but DataFormatError may come out. Not collected by pytest.
 
-    python tests/data_formats/fuzz.py -max_total_time=600 CORPUS_FOLDER
+python tests/data_formats/fuzz.py -max_total_time=600 CORPUS_FOLDER
 """
 
 from __future__ import annotations

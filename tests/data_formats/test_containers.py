@@ -201,7 +201,10 @@ def test_splits_under_keys(tmp_path):
 
 def test_single_rows(tmp_path):
     turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
-    for row in ({"messages": turns, "id": 1}, {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]}):
+    for row in (
+        {"messages": turns, "id": 1},
+        {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]},
+    ):
         assert next(data_formats.read(write(tmp_path, json.dumps(row, indent=1)))).completion == "2"
 
 

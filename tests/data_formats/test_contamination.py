@@ -75,7 +75,9 @@ def test_one_math_train_problem_is_in_math_test(name):
 
 @needs_shared
 def test_original_questions_are_looked_up():
-    index = ContaminationIndex(e.questions[1] for e in data_formats.read(SHARED / "metamath" / "GSM8K_Backward_40_two_keysets.jsonl"))
+    index = ContaminationIndex(
+        e.questions[1] for e in data_formats.read(SHARED / "metamath" / "GSM8K_Backward_40_two_keysets.jsonl")
+    )
     sample = next(data_formats.read(SHARED / "metamath" / "GSM8K_Backward_40_two_keysets.jsonl"))
     sample.meta["question"] = "another wording"
     sample.messages = [{"role": "user", "content": "another wording"}]

@@ -38,7 +38,12 @@ FITS = {
     "math_boxed": {"problem": "1+1?", "solution": "$\\boxed{2}$", "messages": [USER, ASSISTANT], "source": "numina"},
     "metamath": {"query": "1+x=2?", "response": "The answer is: 1", "type": "GSM_FOBAR", "original_question": "1+1?"},
     "mathinstruct": {"source": "data/CoT/gsm_train.json", "instruction": "1+1?", "output": "The answer is 2."},
-    "openmathinstruct": {"problem": "1+1?", "generated_solution": "2", "expected_answer": "2", "problem_source": "math"},
+    "openmathinstruct": {
+        "problem": "1+1?",
+        "generated_solution": "2",
+        "expected_answer": "2",
+        "problem_source": "math",
+    },
     "word_problem": {"Body": "One and one", "Question": "How many?", "Answer": 2.0},
     "theoremqa": {"Question": "1+1?", "Answer": 2, "Answer_type": "integer", "Picture": None},
     "verl": {"data_source": "x", "prompt": [USER], "reward_model": {"style": "rule", "ground_truth": "2"}},
@@ -56,7 +61,9 @@ def test_auto(tmp_path, format):
 
 def test_two_formats_that_fit_equally_are_refused(tmp_path):
     path = write(tmp_path, {"messages": [USER, ASSISTANT], "conversations": FITS["sharegpt"]["conversations"]})
-    with pytest.raises(DataFormatError, match="fits messages and sharegpt equally.*format='messages' or format='sharegpt'"):
+    with pytest.raises(
+        DataFormatError, match="fits messages and sharegpt equally.*format='messages' or format='sharegpt'"
+    ):
         data_formats.read(path)
     assert len(list(data_formats.read(path, format="sharegpt"))) == 1
 
@@ -75,7 +82,9 @@ def test_odd_column_names_need_no_code(tmp_path, container):
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples = list(data_formats.read(path, columns={"question": "Aufgabe", "answer": "Lösung (kurz)"}))
-    assert [(e.question, e.answer, e.completion) for e in examples] == [(f"{n}+{n}?", str(2 * n), str(2 * n)) for n in range(3)]
+    assert [(e.question, e.answer, e.completion) for e in examples] == [
+        (f"{n}+{n}?", str(2 * n), str(2 * n)) for n in range(3)
+    ]
 
 
 def test_columns_of_a_solution_and_of_messages(tmp_path):
@@ -89,16 +98,25 @@ def test_columns_of_a_solution_and_of_messages(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"columns": {"question": "Questoin"}}, "columns.question names 'Questoin'.*found: 'Question', 'Answer '.*nearest is 'Question'"),
+        (
+            {"columns": {"question": "Questoin"}},
+            "columns.question names 'Questoin'.*found: 'Question', 'Answer '.*nearest is 'Question'",
+        ),
         ({"columns": {"quesiton": "Question"}, "format": "qa_answer"}, "reads no such column. did you mean 'question'"),
-        ({"format": "gsm8k"}, "no column 'question'; columns found: 'Question', 'Answer '. Expected columns: question, answer. The nearest column is 'Question'"),
+        (
+            {"format": "gsm8k"},
+            "no column 'question'; columns found: 'Question', 'Answer '. Expected columns: question, answer. The nearest column is 'Question'",
+        ),
         ({}, "no known format fits; columns found: 'Question', 'Answer '"),
         ({"format": "gms8k"}, "unknown format 'gms8k'. did you mean 'gsm8k'"),
         ({"colums": {}}, "unknown option 'colums'. did you mean 'columns'"),
         ({"limit": 0}, "option limit is 0"),
         ({"encoding": "utf-9"}, "option encoding is 'utf-9'"),
         ({"columns": "question"}, "option columns is 'question'. It must be a mapping"),
-        ({"format": "custom", "columns": {"question": "Question"}, "filter": {"level": 1}}, "filter.level names a column that is not there"),
+        (
+            {"format": "custom", "columns": {"question": "Question"}, "filter": {"level": 1}},
+            "filter.level names a column that is not there",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path, options, message):
@@ -127,7 +145,9 @@ def test_filter_and_limit(tmp_path):
 
 def test_all_rows_dropped_is_an_error(tmp_path):
     path = write(tmp_path, *[{"messages": [USER]}] * 3)
-    with pytest.raises(DataFormatError, match=r"none of its 3 rows can be used: no assistant turn to learn from \(3: 1, 2, 3\)"):
+    with pytest.raises(
+        DataFormatError, match=r"none of its 3 rows can be used: no assistant turn to learn from \(3: 1, 2, 3\)"
+    ):
         list(data_formats.read(path))
 
 
@@ -141,7 +161,10 @@ def test_rows_set_aside_are_logged(tmp_path, caplog):
 
 
 def test_duplicates_and_conflicts(tmp_path):
-    rows = [{"question": q, "answer": a} for q, a in (("1+1?", "2"), ("1 + 1 ?", "2"), ("1+1", "2"), ("1+1?", "3"), ("1-1?", "0"))]
+    rows = [
+        {"question": q, "answer": a}
+        for q, a in (("1+1?", "2"), ("1 + 1 ?", "2"), ("1+1", "2"), ("1+1?", "3"), ("1-1?", "0"))
+    ]
     found = data_formats.inspect(write(tmp_path, *rows))
     assert (found.duplicates, found.conflicts.count) == (2, 1)
     assert found.conflicts.rows == ["data:4"]
@@ -184,4 +207,6 @@ def test_asdiv_xml(tmp_path):
 
 def test_import_is_light():
     code = "import sys, data_formats; print([m for m in ('torch', 'pyarrow', 'datasets', 'reasoning_gym', 'finetune') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

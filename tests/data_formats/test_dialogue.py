@@ -31,7 +31,11 @@ CASES = [
     ([("u", "a"), ("a", " \n"), ("a", "c")], [("u", "a"), ("a", "c")], {"empty turn removed": 1}),
     ([("u", "a"), ("a", None), ("a", "c")], [("u", "a"), ("a", "c")], {"empty turn removed": 1}),
     ([("u", "a"), ("a", "b"), ("u", "c")], [("u", "a"), ("a", "b")], {"trailing user turn removed": 1}),
-    ([("s", "x"), ("s", "y"), ("u", "a"), ("a", "b")], [("s", "x\n\ny"), ("u", "a"), ("a", "b")], {"system turns merged": 1}),
+    (
+        [("s", "x"), ("s", "y"), ("u", "a"), ("a", "b")],
+        [("s", "x\n\ny"), ("u", "a"), ("a", "b")],
+        {"system turns merged": 1},
+    ),
     (
         [("u", "a"), ("s", "x"), ("a", "b")],
         [("s", "x"), ("u", "a"), ("a", "b")],
@@ -39,7 +43,11 @@ CASES = [
     ),
     ([(" USER", "a"), ("Assistant ", "b")], [("u", "a"), ("a", "b")], {"role's case or blanks put right": 2}),
     ([("student", "a"), ("tutor", "b")], [("u", "a"), ("a", "b")], {"role renamed": 2}),
-    ([("u", "a"), ("a", "call"), ("t", "1"), ("t", "2"), ("a", "b")], [("u", "a"), ("a", "call"), ("t", "1"), ("t", "2"), ("a", "b")], {}),
+    (
+        [("u", "a"), ("a", "call"), ("t", "1"), ("t", "2"), ("a", "b")],
+        [("u", "a"), ("a", "call"), ("t", "1"), ("t", "2"), ("a", "b")],
+        {},
+    ),
     ([("u", "a"), ("a", "call"), ("t", "1")], [("u", "a"), ("a", "call")], {"trailing tool turn removed": 1}),
     ([("u", "a\r\nb"), ("a", "c")], [("u", "a\nb"), ("a", "c")], {"CRLF line ends written as LF": 1}),
 ]
@@ -65,7 +73,10 @@ def test_canonical(raw, expected, changes):
         (turns(("u", ""), ("a", "b")), "the user's first turn is empty"),
         (turns(("u", ""), ("a", "")), "no turn with any text"),
         (turns(("u", "x"), ("t", "1"), ("a", "b")), "a tool turn without a call before it"),
-        (turns(("u", "x"), ("a", "c"), ("t", "1"), ("u", "b"), ("a", "d")), "a tool turn without an assistant turn after it"),
+        (
+            turns(("u", "x"), ("a", "c"), ("t", "1"), ("u", "b"), ("a", "d")),
+            "a tool turn without an assistant turn after it",
+        ),
         (turns(("u", 5), ("a", "b")), "a turn's content is a number"),
         (turns(("u", [{"type": "image_url"}]), ("a", "b")), "a content part of type 'image_url'"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0.5}], "weight is 0.5"),
@@ -81,9 +92,13 @@ def test_prompt_only_keeps_the_last_user_turn():
     assert run(turns(("u", "a"), ("a", "b"), ("u", "c")), prompt_only=True)[0][-1] == ("u", "c")
 
 
-@pytest.mark.parametrize("mark", [{"train": False}, {"loss": False}, {"weight": 0}, {"loss_weight": 0.0}, {"train": "false"}])
+@pytest.mark.parametrize(
+    "mark", [{"train": False}, {"loss": False}, {"weight": 0}, {"loss_weight": 0.0}, {"train": "false"}]
+)
 def test_marks_of_turns_not_to_learn(mark):
-    messages = canonical([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **mark}], Counter(), opening="x")
+    messages = canonical(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **mark}], Counter(), opening="x"
+    )
     assert messages[1]["train"] is False
 
 
@@ -95,7 +110,12 @@ def test_merged_turns_are_learnt_only_when_all_parts_are():
 
 
 def test_declared_roles():
-    messages = canonical(turns(("Schüler", "a"), ("Lehrer", "b")), Counter(), opening="x", roles={"schüler": "user", "LEHRER": "assistant"})
+    messages = canonical(
+        turns(("Schüler", "a"), ("Lehrer", "b")),
+        Counter(),
+        opening="x",
+        roles={"schüler": "user", "LEHRER": "assistant"},
+    )
     assert [m["role"] for m in messages] == ["user", "assistant"]
 
 

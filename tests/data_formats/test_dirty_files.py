@@ -17,7 +17,12 @@ DIRTY = SHARED / "_dirty"
 
 # file: (format, answers of the kept rows, changes by kind, skips by reason)
 READ = {
-    "bare_newline_in_string.jsonl": ("gsm8k", ["36", "72"], {"bare newline or control character inside a string": [1]}, {}),
+    "bare_newline_in_string.jsonl": (
+        "gsm8k",
+        ["36", "72"],
+        {"bare newline or control character inside a string": [1]},
+        {},
+    ),
     "bom.jsonl": ("gsm8k", ["72", "10", "5"], {}, {}),
     "boxed_variants.jsonl": (
         "math_boxed",

@@ -48,7 +48,13 @@ def test_last_hash(text, answer):
 
 @pytest.mark.parametrize(
     "text, answer",
-    [("The answer is 5.", "5"), ("the answer is: $x+1$", "x+1"), ("Final answer: **7**", "7"), ("The answer is A.", "A"), ("x", None)],
+    [
+        ("The answer is 5.", "5"),
+        ("the answer is: $x+1$", "x+1"),
+        ("Final answer: **7**", "7"),
+        ("The answer is A.", "A"),
+        ("x", None),
+    ],
 )
 def test_last_prose(text, answer):
     assert gold.last_prose(text) == answer
@@ -57,9 +63,23 @@ def test_last_prose(text, answer):
 @pytest.mark.parametrize(
     "value, answer",
     [
-        (51.0, "51"), (0.5, "0.5"), (-9867630.0, "-9867630"), (1e300, "1e+300"), (float("nan"), None), (float("inf"), None),
-        (True, "True"), ([0, 5], "[0, 5]"), ([0.333, 2.0], "[0.333, 2]"), (None, None), ("", None), ("  ", None), ({}, None), ([], None),
-        (" 1,234 ", "1234"), ("12{,}500", "12500"), ("x^2", "x^2"),
+        (51.0, "51"),
+        (0.5, "0.5"),
+        (-9867630.0, "-9867630"),
+        (1e300, "1e+300"),
+        (float("nan"), None),
+        (float("inf"), None),
+        (True, "True"),
+        ([0, 5], "[0, 5]"),
+        ([0.333, 2.0], "[0.333, 2]"),
+        (None, None),
+        ("", None),
+        ("  ", None),
+        ({}, None),
+        ([], None),
+        (" 1,234 ", "1234"),
+        ("12{,}500", "12500"),
+        ("x^2", "x^2"),
     ],
 )
 def test_to_answer(value, answer):
@@ -69,9 +89,21 @@ def test_to_answer(value, answer):
 @pytest.mark.parametrize(
     "answer, kind",
     [
-        ("72", "number"), ("-0.5", "number"), ("10,080", "number"), ("1e300", "number"), ("\\frac12", "latex"), ("50%", "latex"),
-        ("x^2+1", "latex"), ("A", "choice"), ("(C)", "choice"), ("True", "bool"), ("no", "bool"), ("[0, 5]", "list"),
-        ("Mrs. Hilt", "text"), ("\\text{Monday}", "latex"), ("3/4", "latex"),
+        ("72", "number"),
+        ("-0.5", "number"),
+        ("10,080", "number"),
+        ("1e300", "number"),
+        ("\\frac12", "latex"),
+        ("50%", "latex"),
+        ("x^2+1", "latex"),
+        ("A", "choice"),
+        ("(C)", "choice"),
+        ("True", "bool"),
+        ("no", "bool"),
+        ("[0, 5]", "list"),
+        ("Mrs. Hilt", "text"),
+        ("\\text{Monday}", "latex"),
+        ("3/4", "latex"),
     ],
 )
 def test_type_of(answer, kind):

@@ -14,7 +14,9 @@ from data_formats.mixture import Mixture, Source, problem_key, split_by_problem
 
 def source(folder, name, count, **options):
     path = folder / name
-    path.write_text("".join(json.dumps({"question": f"{name} {n}?", "answer": f"#### {n}"}) + "\n" for n in range(count)))
+    path.write_text(
+        "".join(json.dumps({"question": f"{name} {n}?", "answer": f"#### {n}"}) + "\n" for n in range(count))
+    )
     return Source(path, **options)
 
 
@@ -48,7 +50,9 @@ def test_caps_are_drawn_from_the_whole_source(tmp_path):
 def test_each_source_has_its_own_format_columns_and_filter(tmp_path):
     path = tmp_path / "odd.csv"
     path.write_text("frage,loesung,stufe\n1+1?,2,a\n2+2?,4,b\n")
-    odd = Source(path, "qa_answer", options={"columns": {"question": "frage", "answer": "loesung"}, "filter": {"stufe": "b"}})
+    odd = Source(
+        path, "qa_answer", options={"columns": {"question": "frage", "answer": "loesung"}, "filter": {"stufe": "b"}}
+    )
     assert [e.answer for e in Mixture([source(tmp_path, "a", 1), odd])] == ["0", "4"]
 
 
@@ -66,7 +70,10 @@ def test_no_sources_and_no_cap(tmp_path):
 
 
 def rows(*questions):
-    return [Example([{"role": "user", "content": q}, {"role": "assistant", "content": "x", "train": True}], id=str(n)) for n, q in enumerate(questions)]
+    return [
+        Example([{"role": "user", "content": q}, {"role": "assistant", "content": "x", "train": True}], id=str(n))
+        for n, q in enumerate(questions)
+    ]
 
 
 def test_split_holds_out_problems_whatever_their_order():
@@ -96,7 +103,9 @@ def test_one_problem_is_never_split_and_bad_fractions_are_refused():
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["mathdial/test.jsonl", "bridge/train.json", "mrbench/MRBench_V2.json", "oasst/realistic_seed_data.json"])
+@pytest.mark.parametrize(
+    "name", ["mathdial/test.jsonl", "bridge/train.json", "mrbench/MRBench_V2.json", "oasst/realistic_seed_data.json"]
+)
 def test_no_problem_or_context_of_real_dialogues_stands_on_both_sides(name):
     train, held = split_by_problem(data_formats.read(SHARED / name), 0.2)
     assert train and held

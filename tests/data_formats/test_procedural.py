@@ -17,7 +17,9 @@ def test_worked_solutions_and_exact_answers():
     assert len(examples) == 20
     for example in examples:
         assert example.messages[0]["content"] == example.question
-        assert "####" not in example.completion and example.completion.endswith(f"The answer is \\boxed{{{example.answer}}}.")
+        assert "####" not in example.completion and example.completion.endswith(
+            f"The answer is \\boxed{{{example.answer}}}."
+        )
 
 
 def test_several_generators_in_turn_and_parameters():

@@ -19,8 +19,23 @@ from data_formats.errors import SkipRow
 
 RELAXED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 COLUMNS = sorted({column for adapter in FORMATS.values() for column in adapter.columns})
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30) | st.sampled_from(
-    ["#### 5", "\\boxed{1}", "Teacher: (focus)hi|EOM|Student: x", "Tutor: a\nStudent: b", "[1", "a ** b\n#### 3", "A) 1 B) 2"]
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=30)
+    | st.sampled_from(
+        [
+            "#### 5",
+            "\\boxed{1}",
+            "Teacher: (focus)hi|EOM|Student: x",
+            "Tutor: a\nStudent: b",
+            "[1",
+            "a ** b\n#### 3",
+            "A) 1 B) 2",
+        ]
+    )
 )
 TURNS = st.fixed_dictionaries(
     {},

@@ -13,8 +13,6 @@ import data_formats
 from data_formats import DataFormatError
 from data_formats.gold import last_boxed
 
-
-
 pytestmark = needs_shared
 
 # file: (format, read, kept, examples without an assistant turn at the end, assistant turns learnt, answers by type)
@@ -29,7 +27,14 @@ FILES = {
     "cima/dataset_10.json": ("cima", 30, 30, 0, 30, {"none": 30}),
     "comta_schema_synthetic/sample.json": ("comta", 2, 2, 2, 0, {"none": 2}),
     "deepseek_math_eval/cmath_test.jsonl": ("qa_answer", 1098, 1098, 1098, 0, {"number": 1064, "latex": 34}),
-    "deepseek_math_eval/gaokao-mathcloze.jsonl": ("qa_answer", 118, 118, 0, 118, {"latex": 79, "number": 38, "text": 1}),
+    "deepseek_math_eval/gaokao-mathcloze.jsonl": (
+        "qa_answer",
+        118,
+        118,
+        0,
+        118,
+        {"latex": 79, "number": 38, "text": 1},
+    ),
     "deepseek_math_eval/gsm8k_test_30.jsonl": ("qa_answer", 30, 30, 0, 30, {"number": 30}),
     "deepseek_math_eval/mgsm_zh.jsonl": ("messages", 250, 250, 250, 0, {"number": 250}),
     "deepseek_math_eval/sat_test.jsonl": ("multiple_choice", 32, 32, 32, 0, {"choice": 32}),
@@ -40,13 +45,28 @@ FILES = {
     "llamafactory/v1_sft_demo_60.jsonl": ("messages", 60, 60, 0, 60, {"none": 60}),
     "math/math500_test.jsonl": ("math_boxed", 500, 500, 0, 500, {"number": 326, "latex": 173, "text": 1}),
     "math/test.jsonl.gz": (
-        "math_boxed", 5000, 5000, 0, 5000, {"number": 3229, "latex": 1753, "list": 8, "text": 5, "choice": 5},
+        "math_boxed",
+        5000,
+        5000,
+        0,
+        5000,
+        {"number": 3229, "latex": 1753, "list": 8, "text": 5, "choice": 5},
     ),
     "math/train_answers_only_7474.json": (
-        "math_boxed", 7474, 7470, 7470, 0, {"number": 4901, "latex": 2532, "text": 20, "list": 11, "choice": 6},
+        "math_boxed",
+        7474,
+        7470,
+        7470,
+        0,
+        {"number": 4901, "latex": 2532, "text": 20, "list": 11, "choice": 6},
     ),
     "math/train_with_solutions_3682.jsonl": (
-        "math_boxed", 3682, 3682, 0, 3682, {"number": 2078, "latex": 1588, "text": 9, "list": 4, "choice": 3},
+        "math_boxed",
+        3682,
+        3682,
+        0,
+        3682,
+        {"number": 2078, "latex": 1588, "text": 9, "list": 4, "choice": 3},
     ),
     "mathdial/test.jsonl": ("mathdial", 599, 599, 0, 3603, {"number": 599}),
     "mathdial/example.jsonl": ("mathdial", 2, 2, 0, 8, {"number": 2}),
@@ -74,7 +94,12 @@ FILES = {
     "socrateach_schema_synthetic/SocraTeach_single.sample.json": ("socrateach", 2, 2, 0, 2, {"none": 2}),
     "svamp/SVAMP.json": ("word_problem", 20, 20, 20, 0, {"number": 20}),
     "theoremqa/theoremqa_test.json": (
-        "theoremqa", 800, 747, 747, 0, {"number": 560, "bool": 112, "list": 59, "choice": 16},
+        "theoremqa",
+        800,
+        747,
+        747,
+        0,
+        {"number": 560, "bool": 112, "list": 59, "choice": 16},
     ),
     "tora/examples.jsonl": ("tool_integrated", 30, 30, 0, 55, {"number": 21, "latex": 9}),
     "tora/tora70b_gsm8k_outputs_200.jsonl": ("tool_integrated", 200, 200, 0, 399, {"number": 200}),
@@ -134,7 +159,9 @@ def test_gsm8k_solution_and_target():
 
 
 def test_gsm8k_golds_are_the_text_after_the_last_hash():
-    for example, line in zip(_read("gsm8k/train.jsonl"), open(SHARED / "gsm8k/train.jsonl", encoding="utf-8"), strict=True):
+    for example, line in zip(
+        _read("gsm8k/train.jsonl"), open(SHARED / "gsm8k/train.jsonl", encoding="utf-8"), strict=True
+    ):
         assert example.answer == json.loads(line)["answer"].split("####")[-1].strip().replace(",", "")
 
 
@@ -175,7 +202,12 @@ def test_mathdial_moves_system_and_first_turn():
     examples = _read("mathdial/test.jsonl")
     moves = [move for example in examples for turn in example.meta["moves"] for move in turn]
     # The file has 1259, 952, 890 and 598: thirteen moves stand alone, with nothing said, and go with their empty turns.
-    assert {name: moves.count(name) for name in set(moves)} == {"focus": 1252, "probing": 947, "generic": 890, "telling": 597}
+    assert {name: moves.count(name) for name in set(moves)} == {
+        "focus": 1252,
+        "probing": 947,
+        "generic": 890,
+        "telling": 597,
+    }
     for example in examples:
         assistants = [m for m in example.messages if m["role"] == "assistant"]
         assert len(example.meta["moves"]) == len(assistants)
@@ -186,7 +218,9 @@ def test_mathdial_moves_system_and_first_turn():
 def test_mathdial_ground_truth_is_only_in_the_system_prompt_when_asked():
     without, given = (_read("mathdial/test.jsonl", limit=5, ground_truth_in_system=on) for on in (False, True))
     assert all("Reference solution" not in example.messages[0]["content"] for example in without)
-    assert all(example.solution in given_.messages[0]["content"] for example, given_ in zip(without, given, strict=True))
+    assert all(
+        example.solution in given_.messages[0]["content"] for example, given_ in zip(without, given, strict=True)
+    )
 
 
 def test_mathdial_csv_and_jsonl_are_the_same_dialogues():
@@ -200,7 +234,10 @@ def test_bridge_learns_the_expert_only_and_keeps_the_annotations():
             learnt = [m for m in example.messages if m.get("train")]
             assert learnt == [example.messages[-1]]
             assert {"error", "strategy", "intention", "rejected"} <= example.meta.keys()
-    assert _read("bridge/test.json", limit=1)[0].completion == "Close! A hexagon actually has 6 sides. A pentagon has 5 sides."
+    assert (
+        _read("bridge/test.json", limit=1)[0].completion
+        == "Close! A hexagon actually has 6 sides. A pentagon has 5 sides."
+    )
 
 
 def test_bridge_shares_94_contexts_between_train_and_test():
@@ -258,7 +295,9 @@ def test_mathinstruct_program_has_no_answer():
 
 
 def test_glaive_tools_calls_and_observations():
-    example = next(e for e in _read("sharegpt/glaive_toolcall_en_demo_40.json") if any(m["role"] == "tool" for m in e.messages))
+    example = next(
+        e for e in _read("sharegpt/glaive_toolcall_en_demo_40.json") if any(m["role"] == "tool" for m in e.messages)
+    )
     place = [m["role"] for m in example.messages].index("tool")
     assert re.fullmatch(r"<tool_call>\n\{.*\}\n</tool_call>", example.messages[place - 1]["content"], re.DOTALL)
     assert json.loads(example.meta["tools"])
