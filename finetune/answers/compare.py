@@ -11,6 +11,10 @@ from .quantities import Number, Unit, close, parse_quantity, split_unit, units_a
 _TRUE = {"true", "yes", "correct", "right", "对", "是", "正确", "√"}
 _FALSE = {"false", "no", "incorrect", "wrong", "错", "否", "不是", "错误", "×"}
 _NOTHING = {"no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set", "empty", r"\emptyset", "无解", "{}", r"\{\}"}
+_REALS = r"(-\infty, \infty)"
+_ALIASES = {
+    "all real numbers": _REALS, "all reals": _REALS, "all real number": _REALS, "dne": "does not exist", "全体实数": _REALS,
+}  # fmt: skip
 _OPTION = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|选项)\s*)?\(?([A-Ja-j])(?:[).:]|\s*\)|$)\s*(.*)", re.S)
 _STATEMENT = re.compile(r"####|\banswer\b|答案|故选|</think>", re.I)
 _MAX_DEPTH = 6
@@ -20,13 +24,18 @@ def same(gold: str, predicted: str, kind: str | None = None) -> bool:
     """Whether `predicted` states the answer `gold`. `kind` is the hint described in `finetune.answers.equal`."""
     if boxes(gold)[0] or _STATEMENT.search(gold):
         gold = extract(gold) or gold
-    g, p = normalise(gold), normalise(predicted)
+    g, p = _canonical(gold), _canonical(predicted)
     if not g or not p:
         return False
     stated = extract(predicted) if _is_prose(predicted) else None
     if boxes(predicted)[0] or _STATEMENT.search(predicted):
         return bool(stated) and _same(g, normalise(stated or ""), kind, 0)
     return _same(g, p, kind, 0) or (stated is not None and normalise(stated) != p and _same(g, normalise(stated), kind, 0))
+
+
+def _canonical(text: str) -> str:
+    text = normalise(text)
+    return _REALS if re.fullmatch(r"(?:x\s*\\in\s*)?\\mathbb\s*\{?\s*R\s*\}?", text) else _ALIASES.get(words(text), text)
 
 
 def _is_prose(text: str) -> bool:
@@ -74,8 +83,9 @@ def _choices(gold: str, predicted: str, kind: str | None, depth: int) -> bool | 
     (letter, text), (other, other_text) = _option(gold), _option(predicted)
     if kind not in (None, "choice", "text"):
         return None
-    if kind == "choice" and re.fullmatch(r"[A-J](?:\s*,?\s*[A-J])+", letters := unwrap_text(gold)):
-        return set(re.findall("[A-J]", letters)) == set(re.findall("[A-J]", unwrap_text(predicted)))
+    several = [unwrap_text(side) for side in (gold, predicted)]
+    if all(re.fullmatch(r"[A-J](?:\s*,?\s*[A-J])+", side) for side in several) and (kind == "choice" or "," in "".join(several)):
+        return set(re.findall("[A-J]", several[0])) == set(re.findall("[A-J]", several[1]))
     if letter and other:
         bare = gold == letter and predicted == other
         if bare and letter.islower() and kind is None:
@@ -227,7 +237,7 @@ def _groups(gold: str, predicted: str, kind: str | None, depth: int) -> bool | N
     a_parts, b_parts = structure.union(gold), structure.union(predicted)
     if len(a_parts) > 1 or len(b_parts) > 1:
         return True if _same_set(a_parts, b_parts, depth) else None
-    a, b = structure.group(_expanded(gold)), structure.group(_expanded(predicted))
+    a, b = (None if parse_quantity(side) else structure.group(_expanded(side)) for side in (gold, predicted))
     if a is None and b is None:
         return None
     if a is None or b is None:

@@ -16,9 +16,9 @@ _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
 _COMMANDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|boldsymbol|cancel)(?![a-zA-Z])\s*\.?(?<!\s\.)", ""),
     (r"\\phantom\s*(?:\{[^{}]*\}|-|\w)", ""),
-    (r"\\!\s*|\{,\}\\!", lambda m: "," if m.group().startswith("{") else ""),
+    (r"(?<!\\)\\!\s*|\{,\}\\!", lambda m: "," if m.group().startswith("{") else ""),
     (r"\{\s*,\s*\}", ","),
-    (r"\\(?:[,;:> ]|quad|qquad|hspace\{[^{}]*\}|hfill)(?![a-zA-Z])|~", " "),
+    (r"(?<!\\)\\(?:[,;:> ]|quad|qquad|hspace\{[^{}]*\}|hfill)(?![a-zA-Z])|~", " "),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:mbox|textbf|textit|textrm|textnormal|textsf|texttt|mathrm|operatorname\*?|mathit|mathsf|rm|bf)\s*(?=\{)", r"\\text"),
     (r"\\(?:mathbf|bm|vec|overline|overrightarrow)\s*\{([A-Za-z]+)\}", r"\1"),
@@ -35,6 +35,9 @@ _COMMANDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\langle(?![a-zA-Z])", "("),
     (r"\\rangle(?![a-zA-Z])", ")"),
     (r"\\%", "%"),
+    (r"\\pmod\s*\{[^{}]*\}|\(\s*\\text\s*\{\s*mod\s*\}[^()]*\)", ""),
+    (r"^\s*(?:about|approximately|roughly|around|大约|约)(?=[\s\d])|`", ""),
+    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d{1,50})\}", lambda m: _repeating(m)),
     (r"\\\(|\\\)|\\\[|\\\]", " "),
 ]
 _MISSING_BRACES = re.compile(r"\\frac\s*(?:\{([^{}]+)\}|(\w))\s*(?:\{([^{}]+)\}|(\w))")
@@ -60,6 +63,13 @@ def normalise(text: str) -> str:
     text = re.sub(r"\*\*(.+?)\*\*", r"\1", text)
     text = re.sub(r"\s+", " ", text).strip()
     return re.sub(r"(?<=\S)[.,;:]+$", "", text).strip()
+
+
+def _repeating(match: re.Match[str]) -> str:
+    r"""`0.1\overline{6}` as a fraction."""
+    whole, fixed, period = match.group(1) or "0", match.group(2), match.group(3)
+    numerator = int(whole + fixed + period) - int(whole + fixed)
+    return rf"\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}"
 
 
 def _braced(match: re.Match[str]) -> str:

@@ -29,13 +29,18 @@ _NUMBER = re.compile(
     re.X,
 )
 _SCALES = {
-    "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "百": 2, "千": 3, "万": 4, "百万": 6, "千万": 7, "亿": 8,
+    "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+    "百": 10**2, "千": 10**3, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
-_SCALE = re.compile(r"(hundred|thousand|million|billion|trillion)s?\b|(百万|千万|[百千万亿])(?![米克瓦升])")
+_SCALE = re.compile(r"(dozen|hundred|thousand|million|billion|trillion)s?\b|(百万|千万|[百千万亿])(?![米克瓦升])")
 
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS = {w: n for n, w in enumerate(_ONES.split())} | {w: 10 * n for n, w in enumerate(_TENS.split(), 2)}
+_ORDINALS = {w: n for n, w in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)}
+_CHINESE = {c: n for n, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
+_CHINESE_STEPS = {"十": 10, "百": 100, "千": 1000}
+_CHINESE_NUMBER = re.compile(r"(负?)(?:([零〇一二两三四五六七八九十百千万亿]+)分之)?([零〇一二两三四五六七八九十百千万亿]+)")
 _PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
 
 _ANGLE = Fraction(314159265358979323846, 180 * 10**20)
@@ -118,12 +123,11 @@ def parse_quantity(text: str) -> tuple[Number, Unit | None] | None:
     rest = text[match.end() :]
     scale = _SCALE.match(rest.lstrip())
     if scale and match.group("plain"):
-        exponent = _SCALES[scale.group(1) or scale.group(2)]
-        number = Number(number.value * 10**exponent, None if number.value.denominator < 10**exponent else number.decimals, number.digits)
+        number = Number(number.value * _SCALES[scale.group(1) or scale.group(2)])
         rest = rest.lstrip()[scale.end() :]
     unit = parse_unit(rest) if rest.strip() else None
     if rest.strip() and unit is None:
-        return None
+        return _compound(text)
     if match.group("currency"):
         currency = parse_unit(match.group("currency").lower())
         unit = currency if unit is None or not unit.powers else unit
@@ -160,8 +164,53 @@ def _decimal(text: str) -> Fraction:
     return Fraction("0" + text.replace(",", "").replace(" ", "").rstrip("."))
 
 
+def _compound(text: str) -> tuple[Number, Unit | None] | None:
+    """ "1 hour 30 minutes": two or three quantities of one kind, the largest unit first."""
+    parts = re.findall(r"\d+(?:\.\d+)?\s*[^\d,;=<>+*/^()-]+", text)
+    if not 2 <= len(parts) <= 3 or "".join(parts) != text:
+        return None
+    read = [parse_quantity(re.sub(r"\band\s*$", "", part).strip()) for part in parts]
+    units = [quantity[1] for quantity in read if quantity and quantity[1]]
+    if len(units) != len(parts) or len({unit.powers for unit in units}) != 1 or not units[0].powers:
+        return None
+    if any(small.scale >= large.scale for large, small in zip(units, units[1:], strict=False)):
+        return None
+    total = sum((q[0].value * q[1].scale for q in read if q and q[1]), Fraction(0))
+    return Number(total / units[-1].scale), units[-1]
+
+
+def _in_chinese(text: str) -> tuple[Number, Unit | None] | None:
+    """ "十二", "三分之一", "三千零五十元"."""
+    match = _CHINESE_NUMBER.match(text)
+    if not match:
+        return None
+    rest = text[match.end() :]
+    unit = parse_unit(rest) if rest else None
+    value = Fraction(_chinese_integer(match.group(3)))
+    below = _chinese_integer(match.group(2)) if match.group(2) else 1
+    if below == 0 or (rest and (unit is None or not unit.powers)):
+        return None
+    return Number((-value if match.group(1) else value) / below), unit
+
+
+def _chinese_integer(text: str) -> int:
+    total, section, digit = 0, 0, 0
+    for character in text:
+        if character in _CHINESE:
+            digit = _CHINESE[character]
+        elif character in _CHINESE_STEPS:
+            section, digit = section + (digit or 1) * _CHINESE_STEPS[character], 0
+        else:
+            total, section, digit = (total + section + digit) * _SCALES[character], 0, 0
+    return total + section + digit
+
+
 def _in_words(text: str) -> tuple[Number, Unit | None] | None:
-    """ "twenty-five", "two thirds", "one hundred and five apples"."""
+    """ "twenty-five", "two thirds", "one hundred and five apples", "fourth"."""
+    if text.lower() in _ORDINALS:
+        return Number(Fraction(_ORDINALS[text.lower()])), None
+    if text[:1] and text[0] in "负零〇一二两三四五六七八九十百千":
+        return _in_chinese(text)
     tokens = [t for t in re.split(r"[\s-]+", text.lower()) if t]
     if not tokens or (tokens[0] not in _WORDS and tokens[0] not in _PARTS and tokens[0] not in ("negative", "minus")):
         return None
@@ -175,7 +224,7 @@ def _in_words(text: str) -> tuple[Number, Unit | None] | None:
         elif token == "hundred" and i > start:
             group *= 100
         elif token in _SCALES and i > start:
-            total, group = total + group * 10 ** _SCALES[token], 0
+            total, group = total + group * _SCALES[token], 0
         elif not (token == "and" and i > start and i + 1 < len(tokens) and tokens[i + 1] in _WORDS):
             break
         i += 1
@@ -266,6 +315,8 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     r"""A trailing unit split off an expression: `12\pi\text{ cm}^2` -> (`12\pi`, cm^2)."""
     match = re.search(r"(?:\\text\s*\{([^{}]*)\}\s*(\^\s*\{?\s*\d\s*\}?)?|(\s[a-zA-Z]{2,}(?:\s*\^\s*\{?\s*\d\s*\}?)?)|(\^\\circ|%))\s*$", text)
     if match and text[: match.start()].strip() and not re.search(r"[=<>,]|\\text|\b(?:and|or)\b", text[: match.start()]):
+        if match.group(4) == r"^\circ" and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
+            return text, None  # the angle is the function's argument
         unit = parse_unit(" " + (match.group(1) or match.group(3) or match.group(4) or "").strip() + (match.group(2) or ""))
         if unit is not None and (unit.powers or match.group(1)):
             return text[: match.start()].strip(), unit

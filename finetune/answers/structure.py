@@ -7,7 +7,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 _BRACKETS = {r"\{": (r"\}",), "(": (")", "]"), "[": ("]", ")"), "{": ("}",)}
 """A plain brace only groups in LaTeX. Round and square may close one another: `[0,1)`."""
 _SEPARATOR = re.compile(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\\(?:and|or|wedge|vee|land|lor)\b|\b(?:and|or)\b|和|或|[,;]", re.I)
-_RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|lt|gt)(?![a-zA-Z])|<=|>=|!=|==|[=<>]")
+_RELATION = re.compile(r"\\(?:equiv|le|ge|ne|in|approx|lt|gt)(?![a-zA-Z])|<=|>=|!=|==|[=<>]")
 _NAME = re.compile(r"(?=.*[a-zA-Z\u4e00-\u9fff])[A-Za-z\\|(){}:/,'\s\u4e00-\u9fff]*")
 _SUM_OF_NAMES = re.compile(r"(?=.*[a-zA-Z])[A-Za-z\\|(){}:/,'\s+-]*")
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)|(?<=[a-zA-Z])\s*\(\s*-?[\w\s,]{1,12}\)")
@@ -86,11 +86,16 @@ def union(text: str) -> list[str]:
 
 
 def matrix(text: str) -> list[list[str]] | None:
+    """The rows of a LaTeX matrix, or of a list of lists such as `[[1, 0], [0, 1]]`."""
     match = _MATRIX.fullmatch(text.strip())
     if not match:
-        return None
-    rows = [row.strip() for row in re.split(r"\\\\|\\cr", match.group(2).replace(r"\hline", "")) if row.strip() not in ("", "\\")]
-    return [[cell.strip() for cell in row.rstrip("\\").split("&")] for row in rows]
+        outer = group(text)
+        rows = [group(item) for item in outer.items] if outer and outer.left == "[" else []
+        if len(rows) < 2 or not all(row and row.left == "[" and row.right == "]" for row in rows):
+            return None
+        return [list(row.items) for row in rows if row]
+    lines = [row.strip() for row in re.split(r"\\\\|\\cr", match.group(2).replace(r"\hline", "")) if row.strip() not in ("", "\\")]
+    return [[cell.strip() for cell in row.rstrip("\\").split("&")] for row in lines]
 
 
 def relation(text: str) -> tuple[list[str], list[str]] | None:
@@ -98,7 +103,7 @@ def relation(text: str) -> tuple[list[str], list[str]] | None:
     sides, signs = split(text, _RELATION)
     if not signs:
         return None
-    spelling = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in", r"\approx": "~", r"\lt": "<", r"\gt": ">", "==": "="}
+    spelling = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in", r"\approx": "~", r"\lt": "<", r"\gt": ">", "==": "=", r"\equiv": "="}
     return sides, [spelling.get(sign, sign) for sign in signs]
 
 
@@ -136,7 +141,7 @@ def based(text: str) -> tuple[int, int] | None:
     name = match.group(3) or match.group(4)
     base = _BASES.get(name) or (int(name) if name.isdigit() and len(name) <= 2 else 0)
     digits = match.group(2).lower()
-    if not 2 <= base <= 36 or any(_DIGITS.index(digit) >= base for digit in digits) or not any(d.isdigit() for d in digits):
+    if not 2 <= base <= 36 or any(_DIGITS.index(digit) >= base for digit in digits) or not (match.group(2).isupper() or any(d.isdigit() for d in digits)):
         return None
     value = int(digits, base)
     return (-value if match.group(1) else value), base
@@ -175,5 +180,5 @@ def clock(text: str) -> tuple[int, bool] | None:
 
 def ratio(text: str) -> list[str] | None:
     """The terms of `2:3:4`."""
-    parts = split(text, re.compile(":"))[0]
+    parts = split(re.sub(r"(?<=\d)\s+to\s+(?=\d)", ":", text), re.compile(":"))[0]
     return parts if len(parts) > 1 and all(parts) else None

@@ -23,6 +23,7 @@ _ASCII: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\*\*", "^"),
+        (r"(\d+(?:\.\d+)?)\s*\^\\circ", r"(\1\\cdot\\frac{\\pi}{180})"),
         (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![\\a-zA-Z])sqrt\s*(\d+)", r"\\sqrt{\1}"),
         (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
@@ -38,6 +39,11 @@ _PROBES = [Fraction(13, 11), Fraction(-7, 5), Fraction(19, 7), Fraction(-3, 13),
 
 
 def to_sympy(text: str) -> Basic | MatrixBase | None:
+    """The formula that `text` spells, or None if math-verify cannot read it."""
+    quantity = parse_quantity(text)
+    if quantity:
+        value = quantity[0].value
+        return sympy.Rational(value.numerator, value.denominator)
     for pattern, replacement in _ASCII:
         text = pattern.sub(replacement, text)
     parsed = parse(f"${text}$", [_LATEX], fallback_mode="no_fallback", parsing_timeout=None)
