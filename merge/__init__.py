@@ -2,8 +2,8 @@
 
 `fold(base, adapter, out)` writes safetensors and a certificate, `to_gguf` writes GGUF; both read the stream of folded
 rows that `MergedWeights` gives. `choose_base` measures which base a QLoRA adapter should be folded onto, `Combination`
-makes one adapter of several. `modelfile`, `vllm_adapter` and `serving_commands` prepare a server. Every refusal is a MergeError. Nothing here imports the finetune package or, at import,
-transformers.
+makes one adapter of several; `modelfile`, `vllm_adapter` and `serving_commands` prepare a server. Every refusal is a
+MergeError. Nothing here imports the finetune package or, at import, transformers.
 """
 
 from merge.certificate import Certificate
