@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,22 +133,21 @@ class _ShardWriter:
         self.zero_delta: list[str] = []
 
     def write(self) -> "_ShardWriter":
-        self.reader = HashingReader(self.shard.source.file, self.stop)
-        try:
-            with open(self.path, "wb", buffering=0) as file:
-                self.writer = HashingWriter(file, self.advance)
-                self.writer.room(len(self.shard.head))[:] = self.shard.head
-                for tensor in self.shard.tensors:
-                    with self.weights.open(tensor.name, self.reader.read) as stream:
-                        if tensor.updates and not stream.updates:
-                            self.zero_delta.append(tensor.name)
-                        if stream.changes:
-                            self._fold(tensor, stream)
-                        else:
-                            self._copy(tensor)
-                self.digest, self.base_digest = self.writer.digest(), self.reader.digest()
-        finally:
-            self.reader.close()
+        with (
+            closing(HashingReader(self.shard.source.file, self.stop)) as self.reader,
+            open(self.path, "wb", buffering=0) as file,
+            closing(HashingWriter(file, self.advance)) as self.writer,
+        ):
+            self.writer.room(len(self.shard.head))[:] = self.shard.head
+            for tensor in self.shard.tensors:
+                with self.weights.open(tensor.name, self.reader.read) as stream:
+                    if tensor.updates and not stream.updates:
+                        self.zero_delta.append(tensor.name)
+                    if stream.changes:
+                        self._fold(tensor, stream)
+                    else:
+                        self._copy(tensor)
+            self.digest, self.base_digest = self.writer.digest(), self.reader.digest()
         return self
 
     def _copy(self, tensor: MergedTensor) -> None:

@@ -1,13 +1,15 @@
-"""Sequential reading and writing of a shard in large pieces, hashed as the bytes pass.
+"""Sequential reading and writing of a shard in large pieces, hashed on other threads as the bytes pass.
 
 Small blocks suit the arithmetic (they stay in a core's cache), large pieces suit the kernel and SHA-256: these two
-classes stand between.
+classes stand between. Each has two buffers and a thread of its own, which hashes (and writes) one while the other is in
+use, so that a checkpoint of a single shard keeps two cores busy too.
 """
 
 import hashlib
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,8 +35,11 @@ class HashingReader:
         self.size = os.fstat(self.descriptor).st_size
         self.hash = hashlib.sha256()
         self.hashed = 0
-        self.buffer = bytearray(WINDOW)
+        self.buffers = [bytearray(WINDOW), bytearray(WINDOW)]
+        self.jobs: list[Future[None] | None] = [None, None]
+        self.turn = 0
         self.start = self.end = 0
+        self.thread = ThreadPoolExecutor(1)
 
     def read(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of a tensor in the dtype of the file; a view that the next call overwrites."""
@@ -47,7 +52,7 @@ class HashingReader:
         if not self.start <= offset <= offset + count <= self.end:
             self.hash_up_to(offset)
             self._fill(offset, max(count, min(WINDOW, info.offset + info.nbytes - offset)))
-        return memoryview(self.buffer)[offset - self.start : offset - self.start + count]
+        return memoryview(self.buffers[self.turn])[offset - self.start : offset - self.start + count]
 
     def hash_up_to(self, offset: int) -> None:
         """Hash whatever of the file before `offset` was not read yet."""
@@ -57,21 +62,26 @@ class HashingReader:
     def _fill(self, offset: int, count: int) -> None:
         if self.stop.is_set():
             raise Stopped
-        if len(self.buffer) < count:
-            self.buffer = bytearray(count)
-        view = memoryview(self.buffer)[:count]
+        self.turn = 1 - self.turn
+        _finish(self.jobs, self.turn)
+        if len(self.buffers[self.turn]) < count:
+            self.buffers[self.turn] = bytearray(count)
+        view = memoryview(self.buffers[self.turn])[:count]
         pread_exactly(self.descriptor, view, offset, self.file)
         self.start, self.end = offset, offset + count
         if self.end > self.hashed:
-            self.hash.update(view[self.hashed - offset :])
+            self.jobs[self.turn] = self.thread.submit(self.hash.update, view[self.hashed - offset :])
             self.hashed = self.end
 
     def digest(self) -> str:
         """SHA-256 of the whole file."""
         self.hash_up_to(self.size)
+        _finish(self.jobs, 0)
+        _finish(self.jobs, 1)
         return self.hash.hexdigest()
 
     def close(self) -> None:
+        self.thread.shutdown()
         os.close(self.descriptor)
 
 
@@ -81,27 +91,45 @@ class HashingWriter:
     def __init__(self, file: BinaryIO, advance: Callable[[int], None]):
         self.file, self.advance = file, advance
         self.hash = hashlib.sha256()
-        self.buffer = bytearray(WINDOW)
-        self.used = 0
+        self.buffers = [bytearray(WINDOW), bytearray(WINDOW)]
+        self.jobs: list[Future[None] | None] = [None, None]
+        self.turn = self.used = 0
+        self.thread = ThreadPoolExecutor(1)
 
     def room(self, count: int) -> memoryview:
         """The next `count` bytes of the file, to be filled before the next call."""
-        if self.used + count > len(self.buffer):
+        if self.used + count > len(self.buffers[self.turn]):
             self.flush()
-        if count > len(self.buffer):
-            self.buffer = bytearray(count)
+        if count > len(self.buffers[self.turn]):
+            self.buffers[self.turn] = bytearray(count)
         self.used += count
-        return memoryview(self.buffer)[self.used - count : self.used]
+        return memoryview(self.buffers[self.turn])[self.used - count : self.used]
 
     def flush(self) -> None:
-        view = memoryview(self.buffer)[: self.used]
+        """Hand the filled buffer to the thread and take the other one."""
+        self.jobs[self.turn] = self.thread.submit(self._write, memoryview(self.buffers[self.turn])[: self.used])
+        self.turn, self.used = 1 - self.turn, 0
+        _finish(self.jobs, self.turn)
+
+    def _write(self, view: memoryview) -> None:
         self.hash.update(view)
         self.advance(len(view))
         while view:
             view = view[self.file.write(view) :]
-        self.used = 0
 
     def digest(self) -> str:
-        """SHA-256 of all that was written."""
+        """SHA-256 of all that was written, when the last byte is."""
         self.flush()
+        _finish(self.jobs, 1 - self.turn)
         return self.hash.hexdigest()
+
+    def close(self) -> None:
+        """End the thread; the file is the caller's."""
+        self.thread.shutdown()
+
+
+def _finish(jobs: "list[Future[None] | None]", turn: int) -> None:
+    """Wait for the job on one of the two buffers, if there is one; raises what it raised."""
+    job, jobs[turn] = jobs[turn], None
+    if job is not None:
+        job.result()
