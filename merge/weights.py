@@ -83,6 +83,12 @@ class MergedWeights:
             )
         given = [] if adapter is None else [adapter] if isinstance(adapter, str | Path | Combination) else list(adapter)
         self.adapters = [one if isinstance(one, Combination) else Adapter(one) for one in given]
+        changed = [one.folder for one in self.adapters if isinstance(one, Adapter) and one.initial is not None]
+        if onto == "nf4" and changed:
+            raise MergeError(
+                f"{changed[0]}: its initialisation changed the base weights before they were quantised, so what it trained on is "
+                "not dequant(NF4(W)); use onto='full'."
+            )
         self.config = dict(self.base_config)
         self.tensors = self._plan()
         if self.dtype is not None:

@@ -297,6 +297,28 @@ def test_invalid_generation_config_is_mended(base: Path, adapter: Path, tmp_path
     AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
 
 
+def test_adapter_in_a_bin_file(base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge.fold(base, adapter, tmp_path / "out")
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    merge.fold(base, adapter, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_pickled_code_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"x": Path("code")}, adapter / "adapter_model.bin")
+    refuse("weights_only=True", base, adapter, tmp_path / "out")
+
+
+def test_changed_base_is_not_nf4(base: Path, adapter: Path, tmp_path: Path) -> None:
+    edit_config(adapter, init_lora_weights="pissa")
+    shutil.copytree(adapter, adapter / "initial")
+    refuse("not dequant", base, adapter, tmp_path / "out", onto="nf4")
+
+
 def test_streamed_rows_are_the_fold(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge.fold(base, adapter, tmp_path / "out")
     after, weights = written(tmp_path / "out"), merge.MergedWeights(base, adapter)
