@@ -191,8 +191,37 @@ class GrpoConfig:
     """Sampling temperature of the rollouts."""
     rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
     """Reward functions (finetune.rewards.REWARDS, or package.module.function) and their weights."""
+    engine: str = "auto"
+    """What is sampled from: dense (a copy of the policy in the compute dtype), policy (the policy itself, slower where it is in NF4,
+    no memory of its own) or auto (dense where the adapter can be folded and the copy fits)."""
+    process: str | None = None
+    """Process supervision: arithmetic (the equations of each line), or package.module.function, see finetune.process; unset: none."""
+    iterations: int = 1
+    """Outer iterations of iterative GRPO: the steps are shared evenly, and the reference becomes the policy at each one's start."""
+    replay: float = 0.0
+    """Share of the prompts that later outer iterations draw from the earlier ones' (the paper: 0.1)."""
+    dynamic_sampling: int = 0
+    """Rounds of sampling that may replace groups whose completions all earn the same, per step; 0 keeps them."""
+    overlong_buffer: int = 0
+    """Last tokens before max_completion_length over which a reward falls from 0 to -1 (DAPO's soft overlong punishment); 0: none."""
+    pass_samples: int = 0
+    """Completions of each prompt in a first sampling pass that measures pass rates; 0: no such pass."""
+    min_pass_rate: float = 0.0
+    """Prompts with a lower pass rate are left out, a share from 0 to 1."""
+    max_pass_rate: float = 1.0
+    """Prompts with a higher pass rate are left out, a share from 0 to 1."""
+    easy_first: bool = False
+    """Take the prompts in the order of their pass rates, the easiest first."""
     reward_seconds: float = 60.0
     """Longest time that one of your own reward functions may take for a batch of completions, seconds."""
+    bad_gold: str = "error"
+    """What happens where a gold answer would not be judged right itself: error (the rows are listed) or drop (counted and listed)."""
+    probe_prompts: int = 8
+    """Prompts on which a group is sampled before training, to show pass rates and the share of groups that teach; 0: none."""
+    diagnosis: str = "stop"
+    """stop: end the run, its checkpoint saved, when it cannot learn (no reward, or none that differs, in any group); warn: only say so."""
+    patience: int = 10
+    """Steps that a fault must last before it is diagnosed."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     save_steps: int = 10
@@ -203,8 +232,32 @@ class GrpoConfig:
     def __post_init__(self) -> None:
         one_of("grpo.preset", self.preset, ("paper", "dapo", "dr_grpo", "gspo", "cispo"))
         for name in ("max_steps", "learning_rate", "batch_size", "micro_batch_size", "max_completion_length",
-                     "temperature", "save_steps", "reward_seconds"):
+                     "temperature", "save_steps", "reward_seconds", "patience"):
             positive(f"grpo.{name}", self.__dict__[name])
+        one_of("grpo.bad_gold", self.bad_gold, ("error", "drop"))
+        one_of("grpo.diagnosis", self.diagnosis, ("stop", "warn"))
+        if self.probe_prompts < 0:
+            raise UserError(f"grpo.probe_prompts={self.probe_prompts}: expected 0 (no samples before training) or more.")
+        one_of("grpo.engine", self.engine, ("auto", "dense", "policy"))
+        for name in ("replay", "min_pass_rate", "max_pass_rate"):
+            if not 0 <= self.__dict__[name] <= 1:
+                raise UserError(f"grpo.{name}={self.__dict__[name]}: expected a share from 0 to 1.")
+        for name in ("dynamic_sampling", "overlong_buffer", "pass_samples"):
+            if self.__dict__[name] < 0:
+                raise UserError(f"grpo.{name}={self.__dict__[name]}: expected 0 or more.")
+        positive("grpo.iterations", self.iterations)
+        if self.overlong_buffer >= self.max_completion_length:
+            raise UserError(
+                f"grpo.overlong_buffer={self.overlong_buffer}: expected less than grpo.max_completion_length={self.max_completion_length}."
+            )
+        uses_rates = self.easy_first or self.min_pass_rate > 0 or self.max_pass_rate < 1
+        if uses_rates != bool(self.pass_samples):
+            raise UserError(
+                f"grpo.pass_samples={self.pass_samples}: expected completions to measure pass rates with exactly when grpo.min_pass_rate, "
+                "grpo.max_pass_rate or grpo.easy_first uses them. Set grpo.pass_samples=8, or leave the others out."
+            )
+        if self.replay and self.iterations == 1:
+            raise UserError(f"grpo.replay={self.replay}: needs an earlier outer iteration. Set grpo.iterations=2 or more.")
         if self.group_size < 2:
             raise UserError(f"grpo.group_size={self.group_size}: expected 2 or more, an advantage needs a group.")
         divisible("grpo", self.batch_size, self.micro_batch_size)
