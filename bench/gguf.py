@@ -1,15 +1,14 @@
 """GGUF export of base + adapter beside `cp` of the base: time, memory, file size.
 
-    python bench/gguf.py BASE ADAPTER [--type Q8_0] [--repeats 3] [--work DIR] [--converter convert_hf_to_gguf.py]
+    python bench/gguf.py BASE ADAPTER [--type Q8_0] [--repeats 3] [--work DIR]
 
 BASE is a Llama-family folder (with 7B weights to see the numbers of the README; it needs no tokenizer, a small one is made).
 The export and `cp` run in alternation; the median is printed. Memory is the export process's own peak (VmHWM, private plus
-file-backed). With --converter, llama.cpp's own script converts BASE alone, once.
+file-backed).
 """
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -23,7 +22,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 EXPORT = """
 import sys, time
-import torch
 from merge.gguf import to_gguf
 base, adapter, out, kind = sys.argv[1:]
 start = time.perf_counter()
@@ -90,7 +88,6 @@ def main() -> None:
     parser.add_argument("--type", default="Q8_0")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder on the disk to measure (default: the base's parent)")
-    parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py, for comparison")
     args = parser.parse_args()
     base, nbytes = args.base.resolve(), sum(file.stat().st_size for file in args.base.iterdir())
     work = Path(tempfile.mkdtemp(prefix="bench-gguf-", dir=args.work or base.parent))
@@ -107,12 +104,6 @@ def main() -> None:
         print(f"{args.type} of base + adapter: {seconds:.1f} s, {seconds / copied:.2f} x cp")
         print(f"peak memory {peak / 1e9:.2f} GB, file {size / 1e9:.2f} GB")
         print(f"gguf's NumPy quantiser alone, Q8_0: about {numpy_seconds(nbytes / 2):.0f} s")
-        if args.converter:
-            command = [sys.executable, args.converter, base, "--outtype", args.type.lower(), "--outfile", work / "c.gguf"]
-            start = time.perf_counter()
-            before = os.times().children_user
-            subprocess.run(command, check=True, capture_output=True)
-            print(f"llama.cpp's converter, base alone: {time.perf_counter() - start:.1f} s ({os.times().children_user - before:.0f} s of CPU)")
     finally:
         shutil.rmtree(work)
 

@@ -34,6 +34,7 @@ from merge.gguf_llama import (
     add_metadata,
     check_model,
     gguf_name,
+    head_dim,
     heads_of,
     rope_factors,
     row_order,
@@ -111,7 +112,7 @@ def to_gguf(
         if embedding is None:
             raise MergeError(f"{weights.base.folder} lacks model.embed_tokens.weight; the checkpoint is incomplete.")
         if requantize is not None:
-            kind = next(name for name, dtype in FLOATS.items() if dtype == embedding.dtype)
+            kind = {dtype: name for name, dtype in FLOATS.items()}.get(embedding.dtype, "F32")
         plans = _plan(weights, kind)
         folders = [each.folder for each in reversed(weights.adapters)] + [weights.base.folder]
         tokenizer = read_tokenizer(folders, embedding.shape[0], pretokenizer)
@@ -161,7 +162,12 @@ def _plan(weights: MergedWeights, kind: str) -> list[_Plan]:
         if own in BLOCK_QUANTIZERS and tensor.shape[1] % BLOCK:
             own = "F16"
             fallen_back.append(source)
-        plans.append(_Plan(name, source, tensor.shape, own, heads_of(name, config)))
+        heads = heads_of(name, config)
+        if heads and tensor.shape[0] != heads * head_dim(config):
+            raise MergeError(
+                f"{folder}: {source} has {tensor.shape[0]} rows; config.json says {heads} heads of {head_dim(config)}."
+            )
+        plans.append(_Plan(name, source, tensor.shape, own, heads))
     expected = {f"{name}.weight" for name in OUTSIDE_LAYERS.values() if not (tied and name == "output")}
     expected |= {f"blk.{n}.{name}.weight" for n in range(config["num_hidden_layers"]) for name in IN_LAYER.values()}
     missing = sorted(expected - {plan.name for plan in plans})
@@ -280,19 +286,22 @@ def _write_tensors(
     file: Path, weights: MergedWeights, plans: list[_Plan], offsets: list[int], counter: _Counter
 ) -> None:
     """All tensors, one to a core, the largest first; the first error stops them all."""
-    threads = torch.get_num_threads()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     descriptor = os.open(file, os.O_WRONLY)
     try:
         with ThreadPoolExecutor(os.cpu_count() or 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             ordered = sorted(zip(plans, offsets, strict=True), key=lambda item: -item[0].nbytes)
             jobs = [pool.submit(_write_tensor, descriptor, weights, plan, at, counter) for plan, at in ordered]
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-            if any(job.exception() for job in done):
+            try:
+                done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+            finally:  # also when the user interrupts
                 counter.stop.set()
                 pool.shutdown(cancel_futures=True)
     finally:
         os.close(descriptor)
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
     for job in done:
         if not isinstance(job.exception(), _Stopped):
             job.result()

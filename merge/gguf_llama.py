@@ -71,7 +71,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _head_dim(config: dict[str, Any]) -> int:
+def head_dim(config: dict[str, Any]) -> int:
+    """Rows of one head."""
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
@@ -111,7 +112,7 @@ def rope_factors(config: dict[str, Any]) -> torch.Tensor | None:
     rope = _rope(config)
     if rope["rope_type"] != "llama3":
         return None
-    size = _head_dim(config)
+    size = head_dim(config)
     wavelengths = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     context = rope["original_max_position_embeddings"]
@@ -146,6 +147,6 @@ def add_metadata(writer: GGUFWriter, config: dict[str, Any], folder: Path, name:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
-    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_rope_dimension_count(head_dim(config))

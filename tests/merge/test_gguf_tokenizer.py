@@ -13,9 +13,7 @@ from merge.gguf import to_gguf
 from merge.gguf_pretokenizer import _CASED_LETTERS, _HAN_HANGUL, PROBES
 from merge.gguf_tokenizer import BYTE, CONTROL, UNUSED, USER_DEFINED, portable_template, read_tokenizer
 
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 NO_REGEX = ByteLevel(add_prefix_space=False, use_regex=False)
 
 
@@ -31,7 +29,9 @@ PUBLISHED = {
     "qwen2": Sequence([*isolated(LLAMA3.replace("{1,3}", "")), NO_REGEX]),
     "deepseek-llm": Sequence(
         [
-            *isolated("[\r\n]", rf"\s?[{_CASED_LETTERS}]+", "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", _HAN_HANGUL),
+            *isolated(
+                "[\r\n]", rf"\s?[{_CASED_LETTERS}]+", "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", _HAN_HANGUL
+            ),
             Digits(individual_digits=True),
             NO_REGEX,
         ]
@@ -111,7 +111,9 @@ def test_tokens_fill_the_embedding_and_may_not_overflow_it(tmp_path: Path) -> No
 def test_added_tokens_are_control_or_user_defined(tmp_path: Path) -> None:
     folder = train(tmp_path / "t", PUBLISHED["smollm"])
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_tokens(["<hint>", "<|end_of_turn|>"])  # ordinary added tokens, the second with a control token's looks
+    tokenizer.add_tokens(
+        ["<hint>", "<|end_of_turn|>"]
+    )  # ordinary added tokens, the second with a control token's looks
     tokenizer.save(str(folder / "tokenizer.json"))
     vocabulary = read_tokenizer([folder], 800).vocabulary
     assert vocabulary.types[vocabulary.tokens.index("<hint>")] == USER_DEFINED

@@ -23,7 +23,9 @@ def test_the_copy_is_the_same_adapter_and_notes_the_rank(tiny_model: Path, tmp_p
     result = vllm_adapter(source, tmp_path / "vllm")
     assert (result.rank, result.max_lora_rank) == (12, 16)
     assert sorted(os.listdir(result.path)) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert (result.path / "adapter_model.safetensors").read_bytes() == (source / "adapter_model.safetensors").read_bytes()
+    assert (result.path / "adapter_model.safetensors").read_bytes() == (
+        source / "adapter_model.safetensors"
+    ).read_bytes()
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     PeftModel.from_pretrained(base, result.path)
     with pytest.raises(MergeError, match="exists already"):
