@@ -96,5 +96,5 @@ def question_key(text: str) -> str:
 
 
 # Punctuation that never changes what a problem asks; a dot or comma between digits (3.5) is kept.
-_IDLE = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[\u200b\ufeff?!;:\"'“”‘’`_]+")
+_IDLE = re.compile(r"[\u200b\ufeff?!;:\"'“”‘’`_]+|\.(?!\d)|,(?:(?!\d)|(?<!\d,))")
 _SAME_SIGN = {0x2212: "-", 0x2013: "-", 0x2014: "-"}

@@ -16,7 +16,8 @@ _PROSE = re.compile(r"(?:final |correct )?answer\s*(?:is|:)\s*:?\s*([^\n]+)", re
 _NUMBER = re.compile(r"[-+]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
-_SENTINELS = {"proof", "notfound", "not found", "not available", "n/a", "none", "null", "nan"}
+_SHORT = 100  # characters: a longer text is prose, not an answer
+_SENTINELS = {"proof", "notfound", "not found", "not available", "n/a", "null", "nan"}
 _SAME_CHARACTER = {0x2212: "-", 0xFE63: "-", 0x00A0: " ", 0x202F: " ", 0x200B: None, 0xFEFF: None}
 
 
@@ -68,7 +69,14 @@ def last_prose(text: str) -> str | None:
     found = _PROSE.findall(text)
     if not found:
         return None
-    return found[-1].strip().strip("*").removesuffix(".").strip("$ ") or None
+    sentence = re.split(r"\.\s", found[-1].strip())[0]
+    answer = sentence.strip().strip("*").removesuffix(".").strip("*").strip("$ ")
+    return answer if 0 < len(answer) <= _SHORT else None
+
+
+def is_short(text: str) -> bool:
+    """Whether a text can be an answer by itself: one line of at most 100 characters, not blank."""
+    return 0 < len(text.strip()) <= _SHORT and "\n" not in text.strip()
 
 
 def find_answer(text: str) -> str | None:
@@ -82,6 +90,9 @@ def clean_number(text: str) -> str | None:
 
     What is not a number is returned as it stands; an empty text gives None.
     """
+    text = text.strip()
+    if text.isascii() and text.isdigit():
+        return text
     text = text.translate(_SAME_CHARACTER).strip()
     plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
     plain = _THOUSANDS.sub("", plain.replace("{,}", ",")).replace("\\$", "$")
@@ -109,7 +120,7 @@ def to_answer(value: Any) -> str | None:
 
 def is_sentinel(answer: str) -> bool:
     """True for words some sets write where there is no answer to check: proof, notfound, ..."""
-    return answer.strip().casefold() in _SENTINELS
+    return answer.strip() == "None" or answer.strip().casefold() in _SENTINELS
 
 
 def type_of(answer: str) -> str:

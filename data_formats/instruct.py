@@ -9,7 +9,7 @@ from typing import Any
 from .adapter import Adapter, Context, Record, Row, example, first_of, gold, has, is_text, missing_column, pick
 from .errors import SkipRow
 from .example import Example
-from .gold import find_answer
+from .gold import find_answer, is_short
 
 _NO_INPUT = re.compile(r"\W*no[ _]?input\W*", re.IGNORECASE)
 
@@ -83,7 +83,9 @@ def prompt_completion(row: Row, context: Context) -> Example:
         raise missing_column("prompt", row, context.adapter)
     turns = _as_turns(prompt, "user") + (_as_turns(row[column], "assistant") if column else [])
     solution = context.text(row, "solution", required=False)
-    answer = gold(row.get("answer", row.get("ground_truth"))) or (find_answer(solution) or solution.strip() or None)
+    answer = gold(row.get("answer", row.get("ground_truth"))) or (
+        find_answer(solution) or (solution.strip() if is_short(solution) else None)
+    )
     meta = pick(row, "id", "source", "data_source")
     if row.get("rejected"):
         rejected = _as_turns(row["rejected"], "assistant")[-1]

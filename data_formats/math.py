@@ -9,7 +9,7 @@ from .errors import SkipRow
 from .example import Example, Message
 from .gold import clean_number, find_answer, is_sentinel, last_boxed, last_hash, strip_calculator, to_answer
 
-_HASH_LINE = re.compile(r"\n*[ \t]*####[^\n]*")
+_HASH_LINE = re.compile(r"####[^\n]*")
 _ANSWER_LINE = re.compile(r"\n*[ \t]*The answer is:[^\n]*\s*\Z")
 
 

@@ -9,11 +9,10 @@ from .adapter import Adapter, Context, Row, example, first_of, gold, has, missin
 from .chat import messages as read_messages
 from .errors import SkipRow, shorten
 from .example import Example
-from .gold import find_answer, last_boxed, strip_calculator, to_answer
+from .gold import find_answer, is_short, last_boxed, strip_calculator, to_answer
 
 _ANSWERS = ("answer", "golden", "final_answer", "expected_answer", "Answer")
 _SOLUTIONS = ("solution", "cot", "rationale", "explanation", "response")
-_SHORT = 100  # characters: an answer column longer than this, or of several lines, is a worked solution
 
 
 def qa_answer(row: Row, context: Context) -> Example:
@@ -44,7 +43,7 @@ def qa_answer(row: Row, context: Context) -> Example:
     assert answer_column is not None
     if isinstance(stated, str) and (found := find_answer(stated)):
         return context.problem(question, stated, answer=found, solution=stated, system=system, meta=meta)
-    if isinstance(stated, str) and (len(stated) > _SHORT or "\n" in stated.strip()):
+    if isinstance(stated, str) and stated.strip() and not is_short(stated):
         text = context.text(row, answer_column)
         return context.problem(question, text, solution=text, system=system, meta=meta)
     answer = gold(stated)

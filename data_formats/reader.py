@@ -78,7 +78,8 @@ class Reader(Iterator[Example]):
     def _rows(self, records: Iterator[Record | DataFormatError]) -> Iterator[Record]:
         """Records with the user's filter applied and columns renamed; faults are raised or counted."""
         wanted = {
-            name: value if isinstance(value, (list, tuple)) else [value] for name, value in self._options.filter.items()
+            name: {str(item) for item in (value if isinstance(value, (list, tuple)) else [value])}
+            for name, value in self._options.filter.items()
         }
         for record in records:
             if isinstance(record, DataFormatError):
@@ -86,7 +87,7 @@ class Reader(Iterator[Example]):
                 continue
             try:
                 refused = _refusal(record.row, wanted)
-                if self._options.columns:
+                if self._options.columns and not refused:
                     record = record._replace(row=rename(record.row, self._options.columns))
             except DataFormatError as error:
                 self._fault(error.at(record.path, record.number, self._source.unit))
@@ -122,7 +123,7 @@ class Reader(Iterator[Example]):
     def _named(self, example: Example, record: Record) -> Example:
         """With its id and the place it came from."""
         if record.path != self._named_path:
-            self._named_path, self._stem = record.path, Path(record.path).name.split(".")[0]
+            self._named_path, self._stem = record.path, self._file_name(record.path).split(".")[0]
         stem = self._stem
         row = record.row
         own = example.meta.pop("id", None)
@@ -134,13 +135,17 @@ class Reader(Iterator[Example]):
         example.meta.update(source=stem, format=self.inspection.format, row=record.number)
         return example
 
+    def _file_name(self, path: str) -> str:
+        """The file's name, with its folders inside the folder that is read."""
+        return str(Path(path).relative_to(self.inspection.path)) if self._source.several else Path(path).name
+
     def _place(self, record: Record) -> int | str:
-        return f"{Path(record.path).name}:{record.number}" if self._source.several else record.number
+        return f"{self._file_name(record.path)}:{record.number}" if self._source.several else record.number
 
     def _fault(self, error: DataFormatError) -> None:
         if self._options.bad_rows == "error":
             raise error
-        place = f"{Path(error.path or '').name}:{error.row}" if self._source.several else error.row
+        place = f"{self._file_name(error.path)}:{error.row}" if self._source.several and error.path else error.row
         self.inspection.skip(place or 0, error.found)
 
     def _nothing_left(self) -> DataFormatError:
@@ -169,7 +174,7 @@ class Reader(Iterator[Example]):
 _ID_COLUMNS = ("id", "ID", "unique_id", "qid", "idx", "conversation_id", "task_id", "uuid", "index")
 
 
-def _refusal(row: Row, wanted: Mapping[str, Any]) -> str | None:
+def _refusal(row: Row, wanted: Mapping[str, set[str]]) -> str | None:
     """Why the user's filter refuses a row, or None. Raises DataFormatError when it names a column the row lacks."""
     if not row:
         return "empty row"
@@ -180,6 +185,6 @@ def _refusal(row: Row, wanted: Mapping[str, Any]) -> str | None:
                 f"filter.{name} names a column that is not there; columns found: {listed(repr(n) for n in row)}",
                 f"The nearest is {close!r}" if close else "Name one of them",
             )
-        if row[name] not in values:
+        if str(row[name]) not in values:  # a CSV file holds "5" where the user writes 5
             return f"filtered out by {name}"
     return None

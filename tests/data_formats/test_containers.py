@@ -214,6 +214,7 @@ def test_folder_of_files_with_splits(tmp_path):
     write(tmp_path, table_text(","), "test.csv")
     write(tmp_path, "notes", "README.md")
     assert answers(tmp_path) == ANSWERS * 2
+    assert [e.id for e in data_formats.read(tmp_path)][4:6] == ["algebra/train:5", "test:1"]
     assert answers(tmp_path, split="train") == ANSWERS
     notes = " ".join(data_formats.inspect(tmp_path).notes)
     assert "algebra/train.jsonl, test.csv" in notes and "files left out: README.md" in notes

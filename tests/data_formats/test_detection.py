@@ -140,6 +140,7 @@ def test_filter_and_limit(tmp_path):
     path = write(tmp_path, *({"question": f"{n}?", "answer": str(n), "level": n % 3} for n in range(9)))
     found = data_formats.inspect(path, filter={"level": [0, 2]})
     assert (found.kept, found.skips["filtered out by level"].count) == (6, 3)
+    assert len(list(data_formats.read(path, filter={"level": "0"}))) == 3
     assert len(list(data_formats.read(path, limit=4))) == 4
 
 
@@ -210,3 +211,21 @@ def test_import_is_light():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_keys_tell_problems_apart_by_signs_and_decimals_only():
+    from data_formats.example import question_key
+
+    same = ["What is 3.5 + 4, please?", "what is 3.5 +\u00a04 please", "What is 3.5 + 4,please"]
+    assert len({question_key(text) for text in same}) == 1
+    assert len({question_key(text) for text in ("3+4", "3-4", "3.4", "34", "3,4", "(3.4)", ".34")}) == 7
+
+
+def test_an_answer_column_of_prose_is_a_solution_and_not_a_gold_answer(tmp_path):
+    prose = "First we add one and one.\nThen we are done with it."
+    (example,) = data_formats.read(write(tmp_path, {"question": "1+1?", "answer": prose}))
+    assert (example.answer, example.solution, example.completion) == (None, prose, prose)
+    (prompt,) = data_formats.read(write(tmp_path, {"prompt": "1+1?", "solution": prose}))
+    assert (prompt.answer, prompt.solution) == (None, prose)
+    (boxed,) = data_formats.read(write(tmp_path, {"prompt": "1+1?", "solution": "so $\\boxed{2}$"}))
+    assert boxed.answer == "2"

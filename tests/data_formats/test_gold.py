@@ -53,6 +53,8 @@ def test_last_hash(text, answer):
         ("the answer is: $x+1$", "x+1"),
         ("Final answer: **7**", "7"),
         ("The answer is A.", "A"),
+        ("The answer is 5.5. It is not 6.", "5.5"),
+        ("The answer is " + "long " * 40, None),
         ("x", None),
     ],
 )
