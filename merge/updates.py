@@ -2,9 +2,12 @@
 
 An update is loaded (`load`) before its tensor and dropped (`unload`) after, so that one tensor's matrices are in memory
 at a time. `apply(weight, start)` takes rows start.. of the base tensor in fp32, shape (rows, columns), and returns them
-changed in a new tensor. The arithmetic is peft's, in its order, in fp32: `get_delta_weight` then one addition. A
-product of a block of rows equals those rows of the whole product bit for bit as long as a block has no fewer than 16
-rows (`fold.MIN_ROWS`); smaller ones may go to another BLAS kernel.
+changed in a new tensor.
+
+The arithmetic is peft's, in its order, in fp32: `get_delta_weight`, then one addition. peft multiplies whole matrices,
+the fold blocks of rows (`weights.Stream.blocks`, multiples of 32 rows): the tests hold the two equal to the last bit
+on the shapes of real models. BLAS does not promise it: on another library a product may differ in fp32's last place,
+which rounding to bfloat16 mostly removes.
 """
 
 import math
