@@ -19,7 +19,7 @@ from .pool import SECONDS, pool
 __all__ = ["KINDS", "equal", "extract", "parseable", "verify"]
 
 KINDS = ("number", "latex", "choice", "text", "bool", "list")
-MAX_CHARS = 20_000
+MAX_CHARS = 10_000
 """Longer texts are compared only as text: no answer is so long, and parsing one could be an attack."""
 _SENTINELS = frozenset(("proof", "notfound", "not found", "nan", "null", "n/a", "error", "?"))
 _PLAIN = re.compile(r"[-+]?\$?(?:[1-9]\d{0,2}(?:,\d{3})+|\d{1,300})(\.\d{0,300})?")

@@ -15,8 +15,8 @@ _REALS = r"(-\infty, \infty)"
 _ALIASES = {
     "all real numbers": _REALS, "all reals": _REALS, "all real number": _REALS, "dne": "does not exist", "全体实数": _REALS,
 }  # fmt: skip
-_OPTION = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|选项)\s*)?\(?([A-Ja-j])(?:[).:]|\s*\)|$)\s*(.*)", re.S)
-_STATEMENT = re.compile(r"####|\banswer\b|答案|故选|</think>", re.I)
+_OPTION = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|选项)\s*)?\(?([A-Ja-j])(?:[).:]|\s*\)|$|(?=\s+(?:because|since)\b))\s*(.*)", re.S)
+_STATEMENT = re.compile(r"####|\banswer\b|\bcorrect (?:option|choice)\b|答案|故选|</think>", re.I)
 _MAX_DEPTH = 6
 
 
@@ -192,7 +192,9 @@ def _matrices(gold: str, predicted: str, kind: str | None, depth: int) -> bool |
 
 
 def _relations(gold: str, predicted: str, kind: str | None, depth: int) -> bool | None:
-    if structure.union(gold)[1:] or structure.union(predicted)[1:] or r"\begin" in gold or r"\begin" in predicted:
+    if _pieces(gold)[1:] or _pieces(predicted)[1:]:
+        return None
+    if r"\begin" in gold or r"\begin" in predicted:
         pass
     elif (g := structure.group(gold)) and not g.left or (p := structure.group(predicted)) and not p.left:
         return None  # x = 1, y = 2: one equation at a time
@@ -234,7 +236,7 @@ def _answer_side(parts: tuple[list[str], list[str]] | None, text: str, sums: boo
 
 
 def _groups(gold: str, predicted: str, kind: str | None, depth: int) -> bool | None:
-    a_parts, b_parts = structure.union(gold), structure.union(predicted)
+    a_parts, b_parts = _pieces(gold), _pieces(predicted)
     if len(a_parts) > 1 or len(b_parts) > 1:
         return True if _same_set(a_parts, b_parts, depth) else None
     a, b = (None if parse_quantity(side) else structure.group(_expanded(side)) for side in (gold, predicted))
@@ -262,6 +264,16 @@ def _groups(gold: str, predicted: str, kind: str | None, depth: int) -> bool | N
     return _same_set([_expanded(x) for x in a.items], [_expanded(x) for x in b.items], depth) or (
         None if re.search("[=<>]", gold + predicted) or _wordy(gold) else False
     )
+
+
+def _pieces(text: str) -> list[str]:
+    r"""The parts of a union, also of one written `x < -1 or x > 1`."""
+    sides = structure.split(text, re.compile(r"\\text\s*\{\s*or\s*\}|\bor\b"))[0]
+    relations = [structure.relation(side) for side in sides]
+    intervals = [structure.interval(*parts) for parts in relations if parts]
+    if len(sides) > 1 and len(intervals) == len(sides) and all(intervals):
+        return [piece[1] for piece in intervals if piece]
+    return structure.union(text)
 
 
 def _expanded(text: str) -> str:

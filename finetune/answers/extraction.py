@@ -9,14 +9,15 @@ _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 _GLUE = re.compile(r"\\(?:quad|qquad|text|mbox|[()\[\],; ])|[{}$\s.]|[A-Za-z](?:_\{?\w+\}?)?\s*=\s*(?=\\[()]?\s*$|\$?\s*$)")
 _CONJUNCTION = re.compile(r"(?:.{0,20}\W)?(?:and|or)|.{0,10}[和或]|[,;、，；]*|", re.S | re.I)
 _BRACE = re.compile(r"\\.|[{}]", re.S)
-_MAX_UNCLOSED = 3
-"""Each unclosed box costs a scan to the end of the text: so many are looked at, and no more."""
+_MAX_UNCLOSED = 20
+_MAX_BOX_CHARS = 20_000
+"""Each unclosed box costs a scan of so many characters; so many unclosed boxes are looked at, and no more."""
 _THOUGHT_END = "</think>"
 _CLOSING = re.compile(r"final answer is:?\s*((?:(?!final answer)[^\n]){1,300}?)\.?\s*I hope it is correct", re.I)
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _HEADING = re.compile(r"(?:step|solution|final|answer|conclusion|explanation|part|case|problem|given|note)\b", re.I)
 _PHRASE = re.compile(
-    r"(?:final\s+answer|\banswers?|\bsolution)\b(?:\s+(?:to|for|of)\b[^.\n:]{0,80}?)?"
+    r"(?:final\s+answer|\banswers?|\bsolution|\bcorrect\s+(?:option|choice))\b(?:\s+(?:to|for|of)\b[^.\n:]{0,80}?)?"
     r"(?:\*\*)?\s*(?:(?:is|are|would be|should be|will be|must be)\b(?:\s+(?:therefore|thus|then|simply|just|equal to))?\s*:?|[:=：])\s*(?:\*\*)?"
     r"|(?:正确|最终|最后)?(?:的)?(?:答案|答)(?:应该|应)?\s*(?:是|为|：|:|选)\s*[：:]?|故(?:答案)?\s*(?:应)?选(?:择)?\s*[：:]?|因此选(?:择)?\s*[：:]?|所以选(?:择)?\s*[：:]?",
     re.I,
@@ -36,9 +37,10 @@ _CLAUSE_END = re.compile(
 
 
 def balanced(text: str, start: int) -> int:
-    """Index just past the brace that closes the one at `text[start]`, or -1 if it is never closed. Escaped braces do not count."""
+    """Index just past the brace that closes the one at `text[start]`, or -1 if it is not closed within
+    `_MAX_BOX_CHARS`. Escaped braces do not count."""
     depth = 0
-    for match in _BRACE.finditer(text, start):
+    for match in _BRACE.finditer(text, start, start + _MAX_BOX_CHARS):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
             return match.end()

@@ -35,9 +35,11 @@ _COMMANDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\langle(?![a-zA-Z])", "("),
     (r"\\rangle(?![a-zA-Z])", ")"),
     (r"\\%", "%"),
+    (r"\\begin\{cases\}(.*?)\\end\{cases\}", lambda m: re.sub(r"\\\\\s*", ", ", m.group(1))),
+    (r"\\\{\s*[a-zA-Z]\s*(?::|\\mid|\||\\in\s*\\mathbb\s*\{?R\}?\s*(?::|\\mid|\|))(.*)\\\}$", r"\1"),
     (r"\\pmod\s*\{[^{}]*\}|\(\s*\\text\s*\{\s*mod\s*\}[^()]*\)", ""),
     (r"^\s*(?:about|approximately|roughly|around|大约|约)(?=[\s\d])|`", ""),
-    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d{1,50})\}", lambda m: _repeating(m)),
+    (r"(?<!\d)(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,50})\}", lambda m: _repeating(m)),
     (r"\\\(|\\\)|\\\[|\\\]", " "),
 ]
 _MISSING_BRACES = re.compile(r"\\frac\s*(?:\{([^{}]+)\}|(\w))\s*(?:\{([^{}]+)\}|(\w))")

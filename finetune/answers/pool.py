@@ -16,7 +16,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SECONDS = 2.5
+SECONDS = 2.0
 """Time limit of one comparison."""
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 1.0

@@ -65,11 +65,11 @@ _UNIT_TABLE: dict[str, dict[str, Fraction | int]] = {
     "sterling": {"£ gbp": 1},
     "yuan": {"¥ rmb cny yuan 元 块 块钱 人民币": 1, "角": Fraction(1, 10)},
     "rupee": {"₹ inr rupee": 1},
+    "person": {"people person": 1},
     "angle": {r"deg degree \circ 度": _ANGLE, "rad radian 弧度": 1},
     "celsius": {"°c ℃ celsius 摄氏度": 1},
     "fahrenheit": {"°f fahrenheit": 1},
     "percent": {"% percent pct percentage": 1},
-    "speed": {"mph": 1},
     "information": {"bit": 1, "byte": 8},
 }  # fmt: skip
 _UNITS = {name: (dimension, Fraction(size)) for dimension, row in _UNIT_TABLE.items() for names, size in row.items() for name in names.split()}
@@ -247,6 +247,7 @@ def parse_unit(text: str) -> Unit | None:
     text = text.replace(r"\circ C", "°c").replace(r"\circ F", "°f")
     spaced = text.startswith(" ")
     text = re.sub(r"^[-\s]+", "", text)
+    text = re.sub(r"\bmph\b", "mile / hour", text)
     text = re.sub(r"\bsq\.?(?=\s)", "square", re.sub(r"\(s\)", "s", text))
     if not text or len(text) > 80 or len(text.split()) > 8:
         return None
