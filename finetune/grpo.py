@@ -1,16 +1,22 @@
 """Group relative policy optimisation (DeepSeekMath, arXiv 2402.03300, section 4): TRL's GRPOTrainer on the SFT adapter."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
-from trl import GRPOConfig, GRPOTrainer
+from rich.console import Console
+from trl import GRPOConfig
+from trl.rewards import get_soft_overlong_punishment
 
-from finetune import data, diagnosis, generation, hardware, models, training
-from finetune.config import Config
+from finetune import curriculum, data, diagnosis, golden, hardware, models, rollout, training
+from finetune.config import Config, GrpoConfig
+from finetune.errors import UserError
+from finetune.grpo_trainer import RefreshReference, Trainer
 from finetune.rewards import guard
 from finetune.rollout import DensePolicy
 from finetune.run import Result, Run
+from finetune.samples import Samples
 
 log = logging.getLogger("finetune")
 
@@ -38,34 +44,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """The TRL arguments of each objective (trl.GRPOConfig)."""
 
 
-class Trainer(GRPOTrainer):
-    """GRPOTrainer that samples from a dense copy of the policy and counts tokens."""
-
-    def __init__(self, *args: Any, metrics: training.Metrics, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.metrics = metrics
-        self.dense: DensePolicy | None = None
-        self.dense_step = -1
-
-    def _generate_single_turn(
-        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
-    ) -> tuple[list[list[int]], None]:
-        """Sample one completion for each entry of `prompt_ids` (prompts come repeated) from the refreshed dense copy."""
-        if self.dense is None:
-            self.dense = DensePolicy(self.accelerator.unwrap_model(self.model))
-        elif self.dense_step != self.state.global_step:
-            self.dense.refresh()
-        self.dense_step = self.state.global_step
-        completions = generation.generate(
-            self.dense.model, self.processing_class, prompt_ids, max_new_tokens=self.max_completion_length,
-            batch_size=len(prompt_ids), temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
-        )
-        if self.model.training:
-            sampled = sum(len(completion.ids) for completion in completions)
-            self.metrics.count(sum(map(len, prompt_ids)) + sampled, sampled)
-        return [completion.ids for completion in completions], None
-
-
 def train(config: Config, run: Run) -> Result:
     """The grpo stage: the SFT adapter goes on as the policy; where beta > 0 its frozen copy is the reference, never the base.
 
@@ -77,6 +55,7 @@ def train(config: Config, run: Run) -> Result:
     tokenizer = models.load_tokenizer(base, config.model)
     dataset = data.grpo_dataset(data.load(config, run).train, config)
     functions = guard.guarded(config.grpo.rewards, config.grpo.reward_seconds)
+    dataset = golden.golden_check(dataset, functions, config.grpo)
 
     torch.manual_seed(config.seed)
     start = models.start_adapter(config, run)
@@ -86,28 +65,90 @@ def train(config: Config, run: Run) -> Result:
     log.info("grpo: starts from %s", start or "a new adapter on the base")
     checkpoints = run.path("grpo/checkpoints")
     settings = config.grpo
+    engine, reason = rollout.choose(policy, settings.engine)
+    log.info("grpo: samples from %s: %s", engine, reason)
+    sampler = DensePolicy(policy).model if engine == "dense" else policy
+    diagnosis.probe(sampler, tokenizer, dataset, functions, config, run)
+    metrics, watch = training.Metrics(run, "grpo"), diagnosis.Watch(run, settings)
+    punished = overlong(settings)
+    paid = settings.rewards | {function.__name__: 1.0 for function in punished}
+    with models.fp32_adapter(policy):
+        trainer = Trainer(
+            model=policy,
+            args=GRPOConfig(**trainer_arguments(config, choices, checkpoints)),
+            reward_funcs=functions + punished,
+            train_dataset=order(dataset, sampler, tokenizer, config, run),
+            processing_class=tokenizer,
+            callbacks=[metrics, watch, training.CheckpointMarker()] + ([RefreshReference(settings)] if settings.iterations > 1 else []),
+            metrics=metrics,
+            samples=Samples(run, paid, settings.group_size, settings.max_steps, Console(stderr=True)),
+            settings=settings,
+            engine=engine,
+        )
+    with diagnosis.checkpoint_on_failure(trainer):
+        training.fit(trainer, checkpoints)
+    watch.conclude()
+    with run.output("grpo/adapter") as folder:
+        models.save_adapter(trainer.model, tokenizer, folder)
+    inputs = {"base": base} | ({"adapter": start} if start else {}) | data.inputs(config, run)
+    return Result(inputs, ["grpo/adapter"], training.peak_gpu_memory())
+
+
+def trainer_arguments(config: Config, choices: hardware.Choices, checkpoints: Path) -> dict[str, Any]:
+    """Arguments of trl.GRPOConfig: the common ones, the preset's, then grpo.extra's.
+
+    Raises UserError where they contradict each other.
+    """
+    settings = config.grpo
     arguments = training.trainer_arguments(config, settings, choices, checkpoints) | {
         "num_generations": settings.group_size,
         "max_completion_length": settings.max_completion_length,
         "temperature": settings.temperature,
         "top_k": 0,
-        "reward_weights": list(settings.rewards.values()),
+        "reward_weights": list(settings.rewards.values()) + [1.0] * len(overlong(settings)),
         "remove_unused_columns": False,
+        "shuffle_dataset": False,  # curriculum.prompt_order has seen to it
+        "disable_dropout": True,  # what is sampled from must be what is trained
     }
-    metrics = training.Metrics(run, "grpo")
-    with models.fp32_adapter(policy):
-        trainer = Trainer(
-            model=policy,
-            args=GRPOConfig(**arguments | PRESETS[settings.preset] | settings.extra),
-            reward_funcs=functions,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            callbacks=[metrics, training.CheckpointMarker()],
-            metrics=metrics,
+    arguments |= PRESETS[settings.preset] | settings.extra
+    if arguments.get("use_vllm"):
+        raise UserError("grpo.extra.use_vllm=true: TRL hands its weights over through 4 bits. Leave it out; see grpo.engine.")
+    if settings.iterations > 1 and not arguments["beta"]:
+        raise UserError(
+            f"grpo.iterations={settings.iterations}: needs a reference, and grpo.preset={settings.preset} has none (beta 0). "
+            "Use grpo.preset=paper, or set grpo.extra.beta."
         )
-    with diagnosis.checkpoint_on_failure(trainer):
-        training.fit(trainer, checkpoints)
-    with run.output("grpo/adapter") as folder:
-        models.save_adapter(trainer.model, tokenizer, folder)
-    inputs = {"base": base} | ({"adapter": start} if start else {}) | data.inputs(config, run)
-    return Result(inputs, ["grpo/adapter"], training.peak_gpu_memory())
+    updates = arguments["num_iterations"]
+    if settings.save_steps % updates:
+        raise UserError(
+            f"grpo.save_steps={settings.save_steps}: expected a multiple of grpo.extra.num_iterations={updates}, so that a resumed run "
+            "samples where the first one did."
+        )
+    return arguments
+
+
+def overlong(settings: GrpoConfig) -> list[Any]:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13) where it is asked for."""
+    if not settings.overlong_buffer:
+        return []
+    punish = get_soft_overlong_punishment(settings.max_completion_length, settings.overlong_buffer)
+
+    def overlong_punishment(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return punish(completion_ids=completion_ids)
+
+    return [overlong_punishment]
+
+
+def order(dataset: Any, sampler: Any, tokenizer: Any, config: Config, run: Run) -> Any:
+    """The data in the order of training, one row for each prompt of each step; by pass rates where they are asked for."""
+    settings, rates = config.grpo, None
+    if settings.pass_samples:
+        rates = curriculum.pass_rates(sampler, tokenizer, dataset, settings, config.seed, run)
+        kept = curriculum.fitting(rates, settings)
+        dataset, rates = dataset.select(kept), [rates[index] for index in kept]
+    return dataset.select(
+        curriculum.prompt_order(
+            len(dataset), settings.batch_size // settings.group_size, settings.max_steps, config.seed, settings.iterations,
+            settings.replay, rates if settings.easy_first else None,
+        )
+    )

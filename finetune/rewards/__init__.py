@@ -40,17 +40,18 @@ REWARDS: dict[str, Callable[..., list[float]]] = {
 }
 
 
-def find(name: str) -> Callable[..., list[float]]:
-    """A reward by its name in REWARDS or its dotted path `package.module.function`. Raises UserError when there is none."""
+def find(name: str, key: str = "grpo.rewards") -> Callable[..., list[float]]:
+    """A reward by its name in REWARDS or its dotted path `package.module.function`. Raises UserError, which names
+    the configuration's `key`, when there is none."""
     if name in REWARDS:
         return REWARDS[name]
     module, _, function = name.rpartition(".")
     if not module:
-        raise UserError(f"grpo.rewards: '{name}' is unknown. Expected one of {', '.join(REWARDS)}, or package.module.function.")
+        raise UserError(f"{key}: '{name}' is unknown. Expected one of {', '.join(REWARDS)}, or package.module.function.")
     try:
         found = vars(importlib.import_module(module))[function]
     except ModuleNotFoundError as error:
-        raise UserError(f"grpo.rewards: '{name}': {error}. Put the module on PYTHONPATH.") from error
+        raise UserError(f"{key}: '{name}': {error}. Put the module on PYTHONPATH.") from error
     except KeyError:
-        raise UserError(f"grpo.rewards: '{name}': module {module} has no function '{function}'.") from None
+        raise UserError(f"{key}: '{name}': module {module} has no function '{function}'.") from None
     return found
