@@ -174,55 +174,75 @@ def encode(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]],
 
 
 def sft_dataset(examples: list[Example], tokenizer: "PreTrainedTokenizerBase", config: Config) -> "Dataset":
-    """Rows of input_ids and labels, verified: every sample supervises an EOS for each trained turn.
+    """Rows of input_ids, labels, ids and lengths (an entry an example) and length, verified: every trained turn supervises its EOS.
 
     Examples longer than `sft.max_length` go by `sft.over_length`; one without an answer to learn from is counted and left
-    out. Raises UserError where nothing is left or a sample's EOS is not supervised.
+    out. Where `sft.packing` is rows, examples are put together. Raises UserError where nothing is left or an EOS is not supervised.
     """
     from datasets import Dataset
 
-    rows, lengths = [], []
-    too_long: list[str] = []
-    without_answer = 0
+    from finetune import over_length, packing
+
+    settings = config.sft
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    shortened = without_answer = 0
+
+    def encode_turns(messages: list[dict[str, Any]], train: list[bool]) -> dict[str, list[int]]:
+        row = encode(tokenizer, messages, train)
+        eos = sum(label == tokenizer.eos_token_id for label in row["labels"])
+        if sum(train) == 0 or eos < sum(train):
+            raise UserError(
+                f"{example.id}: {eos} supervised EOS for {sum(train)} trained turns. Every sample must supervise its EOS, "
+                "or the model never stops; check the chat template and the row."
+            )
+        return row
+
     for example in examples:
         if example.completion is None:
             without_answer += 1
             continue
         messages = prompt_messages(example, config.data.prompt) + [{"role": "assistant", "content": example.completion.strip()}]
         train = [message.get("train", True) for message in example.messages if message["role"] == "assistant"]
-        row = encode(tokenizer, messages, train)
-        trained_turns = sum(train)
-        eos = sum(label == tokenizer.eos_token_id for label in row["labels"])
-        if trained_turns == 0 or eos < trained_turns:
-            raise UserError(
-                f"{example.id}: {eos} supervised EOS for {trained_turns} trained turns. Every sample must supervise its EOS, "
-                "or the model never stops; check the chat template and the row."
-            )
-        if len(row["input_ids"]) > config.sft.max_length:
-            too_long.append(f"{example.id} ({len(row['input_ids'])} tokens)")
-            continue
-        rows.append(row)
-        lengths.append(len(row["input_ids"]))
-    if too_long and config.sft.over_length == "error":
+        encoded, lost_turns = [encode_turns(messages, train)], 0
+        length = len(encoded[0]["input_ids"])
+        if length > settings.max_length:
+            encoded = []
+            if settings.over_length == "truncate_prompt":
+                encoded = over_length.truncate_prompt(messages, train, settings.max_length, encode_turns, tokenizer)
+            elif settings.over_length == "split_turns":
+                encoded, lost_turns = over_length.split_turns(messages, train, settings.max_length, encode_turns)
+            shortened += bool(encoded)
+            if not encoded or lost_turns:
+                left_out.append(f"{example.id} ({length} tokens{f', {lost_turns} turns' if encoded else ''})")
+        for part, row in enumerate(encoded):
+            name = example.id if len(encoded) == 1 else f"{example.id}, part {part + 1}"
+            rows.append(row | {"ids": [name], "lengths": [len(row["input_ids"])], "length": len(row["input_ids"])})
+    if left_out and settings.over_length == "error":
         raise UserError(
-            f"{len(too_long)} examples are longer than sft.max_length={config.sft.max_length}, the first: {too_long[0]}. "
-            "Raise sft.max_length, or set sft.over_length=drop."
+            f"{len(left_out)} examples are longer than sft.max_length={settings.max_length}, the first: {left_out[0]}. "
+            "Raise sft.max_length, or set sft.over_length=drop, truncate_prompt or split_turns."
         )
     if not rows:
         raise UserError(
             f"data.path={config.data.path}: no example is left to train on ({without_answer} without an answer, "
-            f"{len(too_long)} longer than sft.max_length={config.sft.max_length})."
+            f"{len(left_out)} longer than sft.max_length={settings.max_length})."
         )
+    lengths = [row["length"] for row in rows]
     supervised = sum(label != -100 for row in rows for label in row["labels"])
     log.info(
-        "sft data: %d samples, %d to %d tokens, %.0f%% of tokens supervised, EOS supervised in 100%%; left out: %d longer than "
-        "%d tokens, %d without an answer",
-        len(rows), min(lengths), max(lengths), 100 * supervised / sum(lengths), len(too_long), config.sft.max_length, without_answer,
+        "sft data: %d samples, %d to %d tokens, %.0f%% of tokens supervised, EOS supervised in 100%%; longer than %d tokens: %d made to "
+        "fit (%s), %d left out in whole or in part; left out: %d without an answer",
+        len(rows), min(lengths), max(lengths), 100 * supervised / sum(lengths), settings.max_length, shortened, settings.over_length,
+        len(left_out), without_answer,
     )
-    if too_long:
-        log.debug("longer than sft.max_length: %s", ", ".join(too_long))
+    if left_out:
+        log.debug("longer than sft.max_length: %s", ", ".join(left_out))
     show_mask(rows[0], tokenizer)
-    return Dataset.from_list([row | {"length": length} for row, length in zip(rows, lengths, strict=True)])
+    if settings.packing == "rows":
+        rows = packing.concatenate(rows, settings.max_length, config.seed)
+        log.info("sft data: put together to %d rows, %.0f%% full", len(rows), 100 * sum(lengths) / (len(rows) * settings.max_length))
+    return Dataset.from_list(rows)
 
 
 def show_mask(row: dict[str, list[int]], tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -193,11 +193,24 @@ def load_base(folder: Path, config: ModelConfig, choices: Choices, quantize: boo
         trust_remote_code=config.trust_remote_code,
     )
     model.config.use_cache = False
+    keep_differentiable(model)
     return model
 
 
-def peft_config(config: LoraConfig) -> "PeftLoraConfig":
-    """peft's configuration of a new adapter."""
+def keep_differentiable(model: "PreTrainedModel") -> None:
+    """Keep 4-bit layers in the layout that has a gradient: on a CPU with AVX512-BF16 the first forward pass in eval mode would
+    repack them for inference, and every later training step would silently lose the gradient of the layers before
+    (bitsandbytes 0.50 nn.modules.Linear4bit.forward and autograd._functions.matmul_4bit; reported by a warning only)."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def peft_config(config: LoraConfig, token_rows: list[int] | None = None) -> "PeftLoraConfig":
+    """peft's configuration of a new adapter; `token_rows` are rows of the embedding that are trained too."""
+    from peft import EvaConfig
     from peft import LoraConfig as PeftLoraConfig
 
     return PeftLoraConfig(
@@ -207,6 +220,10 @@ def peft_config(config: LoraConfig) -> "PeftLoraConfig":
         target_modules="all-linear" if config.target_modules == "all-linear" else config.target_modules.split(","),
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
+        # pissa by a randomised SVD of 16 iterations: seconds instead of minutes, as peft's documentation of `pissa_niter` says.
+        init_lora_weights={"pissa": "pissa_niter_16", "eva": "eva"}.get(config.variant, True),
+        eva_config=EvaConfig() if config.variant == "eva" else None,
+        trainable_token_indices=token_rows or None,
         task_type="CAUSAL_LM",
     )
 
@@ -257,13 +274,16 @@ def fp32_adapter(model: "PeftModel") -> Iterator[None]:
             parameter.data = kept[name]
 
 
-def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the adapter named `default` and the tokenizer it was trained with; raises UserError where a weight is not finite."""
+def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, initial: Path | None = None) -> None:
+    """Write the adapter named `default` and the tokenizer it was trained with; `initial` is the start that is subtracted from it
+    (finetune.variants). Raises UserError where a weight is not finite."""
     import torch
 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise UserError(f"{name}: has NaN or infinite values, so the adapter is not saved. Lower the learning rate.")
-    model.save_pretrained(folder, selected_adapters=["default"], safe_serialization=True)
+    model.save_pretrained(
+        folder, selected_adapters=["default"], safe_serialization=True, path_initial_model_for_weight_conversion=str(initial) if initial else None
+    )
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     tokenizer.save_pretrained(folder)

@@ -4,8 +4,13 @@ import json
 import logging
 import math
 import shutil
+import signal
+import statistics
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -92,15 +97,22 @@ class CheckpointMarker(TrainerCallback):
         write_atomic(checkpoint / MARKER, json.dumps({"adapter_sha256": sha256(checkpoint / "adapter_model.safetensors")}))
 
 
+SPIKE_WINDOW = 20
+"""Steps whose median loss a spike is measured against; the guard waits for as many."""
+
+
 class Metrics(TrainerCallback):
-    """A row of metrics.jsonl and a step of the progress bar for each optimizer step; stops at a loss that is not finite.
+    """A row of metrics.jsonl and a step of the progress bar for each optimizer step; stops at a loss that is not finite or spikes.
 
     Row: stage, step, seconds (since the stage's first step began, without the time between a kill and the resume), tokens and
     supervised_tokens so far, loss, learning_rate, grad_norm, and for GRPO reward and TRL's other figures.
     """
 
-    def __init__(self, run: Run, stage: str) -> None:
+    def __init__(self, run: Run, stage: str, spike_factor: float | None = None) -> None:
         self.run, self.stage = run, stage
+        self.spike_factor = spike_factor
+        self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self.micro_batches: list[tuple[Sequence[str], torch.Tensor]] = []
         self.tokens = self.supervised_tokens = 0
         self.seconds_before = 0.0
         self.progress = Progress(
@@ -113,11 +125,16 @@ class Metrics(TrainerCallback):
         self.tokens += tokens
         self.supervised_tokens += supervised_tokens
 
+    def watch(self, ids: Sequence[str], loss: torch.Tensor) -> None:
+        """Remember a micro-batch's rows and its mean loss until the step ends, to name the rows if it goes wrong."""
+        self.micro_batches.append((ids, loss.detach()))
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         kept = self.run.rewind_metrics(self.stage, state.global_step)
         if kept:
             self.tokens, self.supervised_tokens = kept[-1]["tokens"], kept[-1]["supervised_tokens"]
             self.seconds_before = kept[-1]["seconds"]
+        self.losses.extend(row["loss"] for row in kept)
         self.started = time.monotonic()
         self.progress.start()
         self.task = self.progress.add_task(self.stage, total=state.max_steps, completed=state.global_step, figures="")
@@ -138,11 +155,32 @@ class Metrics(TrainerCallback):
         self.run.log_metrics(row)
         figures = f"loss {loss:.3f}" + (f"  reward {logs['reward']:.3f}" if "reward" in logs else "")
         self.progress.update(self.task, completed=state.global_step, figures=figures)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"{self.stage}: the loss is {loss} at step {state.global_step}. The last whole checkpoint is kept; "
-                f"lower {self.stage}.learning_rate and start again, or look at the rows of this step."
-            )
+        # A GradScaler (fp16) skips steps whose gradients overflow, so there a gradient that is not finite is no accident.
+        grad_norm = 0.0 if args.fp16 else float(logs.get("grad_norm", 0.0))
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            self.stop(args, state, f"the loss is {loss} and the gradient's norm {grad_norm}")
+        if self.spike_factor is not None and len(self.losses) == SPIKE_WINDOW:
+            usual = statistics.median(self.losses)
+            if loss > max(self.spike_factor * usual, usual + 1):
+                self.stop(args, state, f"the loss jumped to {loss:.3f} from {usual:.3f}, the median of the {SPIKE_WINDOW} steps before")
+        self.losses.append(loss)
+        self.micro_batches.clear()
+
+    def stop(self, args: TrainingArguments, state: TrainerState, what: str) -> None:
+        """Raise UserError with the step, the rows of its worst micro-batch and the last whole checkpoint."""
+        rows = "not recorded"
+        if self.micro_batches:
+            # NaN compares as the largest: it is what we look for.
+            ids, _ = max(self.micro_batches, key=lambda item: math.inf if item[1].isnan() else float(item[1]))
+            rows = ", ".join(ids)
+        checkpoint = last_checkpoint(Path(args.output_dir))
+        key = f" or a higher {self.stage}.spike_factor" if self.spike_factor is not None else ""
+        again = f"; resume={self.run.dir} goes on from the checkpoint with the same settings" if checkpoint else ""
+        raise UserError(
+            f"{self.stage}: {what} at step {state.global_step}. Rows of the worst micro-batch: {rows}. "
+            f"Last good checkpoint: {checkpoint or 'none yet'}. Look at the rows, and start again with a lower "
+            f"{self.stage}.learning_rate{key}{again}."
+        )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.progress.stop()
@@ -153,10 +191,40 @@ def peak_gpu_memory() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
+class Interrupt(TrainerCallback):
+    """On Ctrl-C: end the step, save a checkpoint and stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        log.warning("Ctrl-C: stops after this step and saves it; once more stops at once")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
 def fit(trainer: Trainer, checkpoints: Path) -> None:
-    """Train, from the last whole checkpoint when there is one."""
+    """Train, from the last whole checkpoint when there is one. Raises KeyboardInterrupt after Ctrl-C, with the last step saved."""
     trainer.remove_callback(PrinterCallback)  # Metrics shows the figures
     checkpoint = last_checkpoint(checkpoints)
     if checkpoint:
         log.info("goes on from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    interrupt = Interrupt()
+    trainer.add_callback(interrupt)
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupt.asked:
+        log.warning(
+            "stopped at step %d, which is saved; go on with: python -m finetune resume=%s",
+            trainer.state.global_step, checkpoints.parents[1],
+        )
+        raise KeyboardInterrupt
