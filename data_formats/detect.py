@@ -71,10 +71,14 @@ def _one_of(votes: dict[str, tuple[int, str]]) -> str | None:
 
 def _nothing_fits(row: Row) -> DataFormatError:
     best: tuple[float, str, Adapter] | None = None
+    plain = {str(column).strip().casefold() for column in row}
     for name, adapter in FORMATS.items():
+        if name == "custom":
+            continue  # it takes whatever the user names, so it is near to everything
         score = 0.0
         for column in adapter.required:
-            score += 1.0 if column in row else 0.6 if nearest(column, row) else 0.0
+            alike = 0.9 if column.casefold() in plain else 0.4 if nearest(column, row) else 0.0
+            score += 1.0 if column in row else alike
         score /= len(adapter.required) + 0.5
         if best is None or score > best[0]:
             best = (score, name, adapter)

@@ -115,7 +115,7 @@ def _fits_completion(row: Row) -> str | None:
 
 
 def _fits_prompt(row: Row) -> str | None:
-    if isinstance(row.get("prompt"), (str, list)) and not has(row, "response") and _fits_completion(row) is None:
+    if isinstance(row.get("prompt"), (str, list)) and not (row.keys() & {"response", "completions"}) and _fits_completion(row) is None:
         return "column prompt alone"
     return None
 

@@ -77,9 +77,10 @@ class Documents:
                     lax = True
                     continue
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._buffer) - 16
+                seen = self._buffer  # error.pos counts in it; reading on moves the buffer
                 if cut and self._more():
                     continue
-                found, fix = explain(error, self._buffer)
+                found, fix = explain(error, seen)
                 raise self._error(found, fix) from None
             except (ValueError, RecursionError) as error:
                 raise self._error(*explain(error, self._ahead())) from None

@@ -127,6 +127,7 @@ REFUSED = {
     " \n\t\n": "the file is empty",
     "[]": "no rows",
     "[1, 2]": "a row that is no JSON object: 1",
+    '[{"question": "a", "answer": "1"},]': "invalid JSON at column 35 (Expecting value): ']'",
     "question,answer\n": "a header and no rows",
     "<!DOCTYPE html><html></html>": "an HTML page, not data",
     "<a><b>x</b></a>": "XML without <Problem> elements",

@@ -152,6 +152,24 @@ def test_all_rows_dropped_is_an_error(tmp_path):
         list(data_formats.read(path))
 
 
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (
+            {"ID": 1, "Problem": "q", "Solution": "s", "Answer": 33},
+            "nearest format is math_boxed, which expects problem, solution: try columns={problem: 'Problem', solution: 'Solution'}",
+        ),
+        ({"question": ["a"], "answer": ["1"]}, "its columns hold something else than it expects"),
+        ({"prompt": "q", "completions": ["a"], "labels": [True]}, "no known format fits"),
+        ({"zzz": 1}, "Name the columns, for instance columns="),
+    ],
+)
+def test_nothing_fits(tmp_path, row, message):
+    with pytest.raises(DataFormatError) as caught:
+        data_formats.read(write(tmp_path, row))
+    assert message in str(caught.value)
+
+
 def test_one_row_file(tmp_path):
     assert len(list(data_formats.read(write(tmp_path, FITS["gsm8k"])))) == 1
 
