@@ -172,6 +172,7 @@ HOSTILE = {
     "factorial": "100000000!",
     "exponent": "1e999999999",
     "a megabyte of braces": "{" * 1_000_000,
+    "a megabyte of digits": "9" * 1_000_000,
     "open boxes": r"\boxed{" * 150_000,
     "nested fractions": r"\frac{1}{" * 300 + "2" + "}" * 300,
     "nested parentheses": "(" * 5_000 + "1" + ")" * 5_000,

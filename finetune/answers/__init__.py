@@ -106,8 +106,8 @@ def _at_once(gold: str | None, predicted: str | None, kind: str | None) -> bool 
     if gold.strip() == predicted.strip():
         return True
     if len(predicted) > MAX_CHARS:
-        predicted = extract(predicted) or ""
-        return equal(gold, predicted, kind) if predicted else False
+        stated = extract(predicted)
+        return equal(gold, stated, kind) if stated and len(stated) <= MAX_CHARS else False
     return None
 
 

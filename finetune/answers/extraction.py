@@ -190,4 +190,4 @@ def _last_formula_or_number(text: str) -> str | None:
         while last > 0 and _CONJUNCTION.fullmatch(between := text[formulas[last - 1].end() : formulas[last].start()].strip()) and between:
             last -= 1
         return ", ".join(formula.group() for formula in formulas[last:]) + (percent.group() if percent else "")
-    return numbers[-1].group().strip() if numbers else None
+    return numbers[-1].group().strip() if numbers and len(numbers[-1].group()) <= MAX_ANSWER_CHARS else None
