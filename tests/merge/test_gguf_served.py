@@ -87,12 +87,17 @@ def served(file: Path) -> Iterator[object]:
         log.close()
 
 
-def ask(client: object, prompt: str) -> tuple[str, str]:
-    """Greedy answer and finish reason."""
-    reply = client.chat.completions.create(  # type: ignore[attr-defined]
-        model="m", messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=256
-    )
-    return reply.choices[0].message.content, reply.choices[0].finish_reason
+def answers_of(file: Path) -> dict[str, str]:
+    """Prompt -> greedy answer of a server of the GGUF, each of which ended by itself."""
+    answers = {}
+    with served(file) as client:
+        for prompt in PROMPTS:
+            reply = client.chat.completions.create(  # type: ignore[attr-defined]
+                model="m", messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=256
+            )
+            answers[prompt] = reply.choices[0].message.content
+            assert reply.choices[0].finish_reason == "stop", f"{prompt}: {answers[prompt]}"
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +131,10 @@ def test_f16_answers_are_those_of_transformers_up_to_near_ties(
     smollm2: Path, adapter: Path, reference: torch.nn.Module, tmp_path: Path
 ) -> None:
     pytest.importorskip("llama_cpp")
-    file = to_gguf(smollm2, tmp_path / "f16.gguf", "F16", adapter=adapter)
-    with served(file) as client:
-        answers = {prompt: ask(client, prompt) for prompt in PROMPTS}
+    answers = answers_of(to_gguf(smollm2, tmp_path / "f16.gguf", "F16", adapter=adapter))
     assert len(answers) >= 20
-    assert all(finish == "stop" for _, finish in answers.values()), answers
     gaps = {}
-    for prompt, (text, _) in answers.items():
+    for prompt, text in answers.items():
         behind = trailing(reference, smollm2, prompt, text)
         first = next((place for place, gap in enumerate(behind) if gap > 0), None)
         if first is not None:
@@ -147,11 +149,8 @@ def test_q8_0_answers_nearly_as_transformers_and_stops(
     smollm2: Path, adapter: Path, reference: torch.nn.Module, tmp_path: Path
 ) -> None:
     pytest.importorskip("llama_cpp")
-    file = to_gguf(smollm2, tmp_path / "q8.gguf", "Q8_0", adapter=adapter)
-    with served(file) as client:
-        answers = {prompt: ask(client, prompt) for prompt in PROMPTS}
-    assert all(finish == "stop" for _, finish in answers.values()), answers
-    behind = [gap for prompt, (text, _) in answers.items() for gap in trailing(reference, smollm2, prompt, text)]
+    answers = answers_of(to_gguf(smollm2, tmp_path / "q8.gguf", "Q8_0", adapter=adapter))
+    behind = [gap for prompt, text in answers.items() for gap in trailing(reference, smollm2, prompt, text)]
     agreed = sum(gap == 0 for gap in behind) / len(behind)
     print(f"\nQ8_0: {agreed:.1%} of {len(behind)} tokens are transformers' greedy choice")
     assert agreed > 0.9
