@@ -106,7 +106,9 @@ def serving_commands(
     if gguf_file is not None:
         file = shlex.quote(str(gguf_file))
         commands["llama.cpp"] = f"llama-server -m {file} --alias {called} --jinja"
-        commands["llama-cpp-python"] = f"python -m llama_cpp.server --model {file} --model_alias {called}"
+        # Its repeat penalty of 1.1 would change greedy answers; no flag turns it off, each request must.
+        server = f"python -m llama_cpp.server --model {file} --model_alias {called}"
+        commands["llama-cpp-python"] = f"{server}  # and ask with repeat_penalty=1.0"
     if modelfile is not None:
         commands["Ollama"] = f"ollama create {called} -f {shlex.quote(str(modelfile))} && ollama run {called}"
     return commands

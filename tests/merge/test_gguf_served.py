@@ -93,7 +93,11 @@ def answers_of(file: Path) -> dict[str, str]:
     with served(file) as client:
         for prompt in PROMPTS:
             reply = client.chat.completions.create(  # type: ignore[attr-defined]
-                model="m", messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=256
+                model="m",
+                messages=[{"role": "user", "content": prompt}],
+                temperature=0,
+                max_tokens=256,
+                extra_body={"repeat_penalty": 1.0},  # this server's own default, 1.1, is not greedy decoding
             )
             answers[prompt] = reply.choices[0].message.content
             assert reply.choices[0].finish_reason == "stop", f"{prompt}: {answers[prompt]}"
