@@ -286,24 +286,28 @@ class MergeConfig:
     out: str | None = None
     """Output folder; default: merged/ in the run directory."""
     onto: str = "full"
-    """full: the original weights; nf4: the dequantised 4-bit weights that QLoRA trained on."""
+    """full: the original weights; nf4: the dequantised 4-bit weights that QLoRA trained on; best: what is measured closer."""
 
     def __post_init__(self) -> None:
-        one_of("merge.onto", self.onto, ("full", "nf4"))
+        one_of("merge.onto", self.onto, ("full", "nf4", "best"))
 
 
 @dataclass
 class ExportConfig:
     source: str | None = None
-    """Merged folder to export; default: the run's."""
+    """Merged folder to export (or a base, with export.adapter); default: the run's merged/."""
+    adapter: str | None = None
+    """Adapter folded in on the way to GGUF, with export.source as its base: no merged folder in between."""
     targets: list[str] = field(default_factory=lambda: ["safetensors"])
-    """Any of safetensors (the merged folder itself), gguf, ollama."""
+    """Any of safetensors (the merged folder itself), gguf, ollama (a Modelfile and its GGUF), vllm (an adapter folder)."""
     gguf_type: str = "Q8_0"
-    """Tensor type of the GGUF file: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1."""
+    """Tensor type of the GGUF file: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, or a K-quant where llama-cpp-python is."""
+    push_to: str | None = None
+    """Hub repository that the merged folder is uploaded to; never without your asking."""
 
     def __post_init__(self) -> None:
         for target in self.targets:
-            one_of("export.targets", target, ("safetensors", "gguf", "ollama"))
+            one_of("export.targets", target, ("safetensors", "gguf", "ollama", "vllm"))
 
 
 @dataclass
