@@ -21,6 +21,7 @@ class Example:
         first and strict alternation (an assistant turn that calls a tool is followed by its tool turns and another
         assistant turn); nothing empty. Assistant turns carry "train": bool (False: no loss on it). A prompt-only
         example (evaluation sets, verl, CoMTA) ends with the user's turn; every other one ends with the assistant's.
+        The format `text` alone gives one assistant turn and no prompt: meta["language_modelling"] is True there.
     answer: the gold answer, always a string, or None.
     answer_type: number | latex | choice | text | bool | list, or None when there is no answer.
     solution: the worked solution as text, without calculator marks, or None.
