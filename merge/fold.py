@@ -4,9 +4,8 @@
     print(certificate.table())
 
 The fold is done in fp32 and rounded once to the output's dtype. Each shard of the base becomes a shard of the output of
-the same name. Two threads take a shard each and walk it block by block: read (pread), hash, fold, round, compare, hash,
-write; a block stays in one core's cache on its way, and memory does not grow with the model. Everything is written in a
-temporary folder beside `out`, renamed when it is complete.
+the same name, block by block (`shards`), so memory does not grow with the model. Everything is written in a temporary
+folder beside `out`, renamed when it is complete.
 
 To stream the folded rows elsewhere (GGUF), use `merge.weights.MergedWeights`, on which this is built.
 """

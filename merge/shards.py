@@ -1,7 +1,7 @@
-"""Write the output's shards: the base's files, tensor by tensor and block by block, on one thread a core.
+"""Write the output's shards: the base's files, tensor by tensor and block by block, a shard a core at a time.
 
-A thread walks its shard from the first byte to the last: read and hash 2 MB of the base, then fold, round, check and
-measure blocks of rows that stay in the core's cache, then hash and write 2 MB of output.
+A thread walks its shard from the first byte to the last and folds, rounds, checks and measures blocks of rows that stay
+in the core's cache; `streams` reads, hashes and writes 2 MB at a time around it.
 """
 
 import json
