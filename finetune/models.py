@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune import nf4_cache
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.errors import UserError
 from finetune.hardware import Choices
@@ -174,7 +175,8 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict], add_
 def load_base(folder: Path, config: ModelConfig, choices: Choices, quantize: bool | None = None) -> "PreTrainedModel":
     """The base model on its device, in NF4 where `choices` (or `quantize`) says so, else dense in the compute dtype.
 
-    NF4 with double quantisation: 4 bits a weight and 0.127 bits of block scales (QLoRA, arXiv 2305.14314).
+    NF4 with double quantisation: 4 bits a weight and 0.127 bits of block scales (QLoRA, arXiv 2305.14314). A large base is
+    quantised once, see nf4_cache.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -184,14 +186,19 @@ def load_base(folder: Path, config: ModelConfig, choices: Choices, quantize: boo
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+    source, arguments = folder, {"quantization_config": quantization} if quantize else {}
+    if quantize and nf4_cache.worthwhile(folder):
+        source = nf4_cache.cached(folder, cache_dir() / "nf4", quantization, dtype, choices.device, config.trust_remote_code)
+        arguments = {}  # its config.json says it
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
+        source,
         dtype=dtype,
         attn_implementation=choices.attention,
-        quantization_config=quantization if quantize else None,
         device_map={"": choices.device},
         trust_remote_code=config.trust_remote_code,
+        **arguments,
     )
+    model.config._name_or_path = model.name_or_path = str(folder)  # adapters name the base, not the cache
     model.config.use_cache = False
     keep_differentiable(model)
     return model
