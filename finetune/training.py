@@ -7,13 +7,16 @@ import shutil
 import signal
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -33,10 +36,17 @@ def prepare_machine(config: Config, choices: Choices) -> None:
     """Log the choices; on a CPU set the threads and use deterministic kernels, so that a resumed run repeats the first."""
     for reason in choices.reasons:
         log.info(reason)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # Said about gradient_checkpointing, whose new name trl 1.16 does not take yet.
+    warnings.filterwarnings("ignore", message=".*activation_checkpointing.*", category=FutureWarning)
+    # bitsandbytes 0.50 offers an optional hub kernel for CPU inference at each start; we neither need nor fetch it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
     if choices.device == "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of a step
 
 
 def trainer_arguments(config: Config, section: SftConfig | GrpoConfig, choices: Choices, output_dir: Path) -> dict[str, Any]:
