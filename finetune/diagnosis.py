@@ -22,13 +22,12 @@ from finetune import generation, models
 from finetune.config import Config, GrpoConfig
 from finetune.errors import UserError
 from finetune.rewards.guard import RewardError
-from finetune.rollout import DensePolicy
 from finetune.run import Run, write_atomic
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("finetune")
 
@@ -54,7 +53,7 @@ class Probe:
 
 
 def probe(
-    policy: "PeftModel", tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset",
+    sampler: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset",
     rewards: list[Callable[..., list[float]]], config: Config, run: Run,
 ) -> None:
     """Sample a group for each of grpo.probe_prompts prompts; print their pass rates and the share of groups that would teach nothing.
@@ -69,7 +68,7 @@ def probe(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         completions = generation.generate(
-            DensePolicy(policy).model, tokenizer, [prompt for prompt in prompts for _ in range(settings.group_size)],
+            sampler, tokenizer, [prompt for prompt in prompts for _ in range(settings.group_size)],
             settings.max_completion_length, settings.batch_size, settings.temperature,
         )
     batch = [row for row in rows for _ in range(settings.group_size)]

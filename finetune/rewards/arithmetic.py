@@ -20,7 +20,7 @@ _STATED = re.compile(rf"\\d?frac\{{(\d{{1,15}})\}}\{{(\d{{1,15}})\}}|(?<![\d./])
 _TERM = rf"\({{0,3}}[ ]?-?[$€£]?(?:{_FIGURE})%?(?:[ ]+[A-Za-z]{{2,20}}\b){{0,3}}[ ]?\){{0,3}}"
 _SIDE = rf"{_TERM}(?:[ ]{{0,2}}(?:[-+*/×÷−–]|\bx\b|x(?=[ ]?[\d$(]))[ ]{{0,2}}{_TERM}){{0,20}}"
 _EQUATION = re.compile(rf"(?<![\w.,)+*/×÷^%=$-])(?<![\d)+*/×÷^%=x-][ ]){_SIDE}(?:[ ]{{0,2}}=[ ]{{0,2}}{_SIDE})+")
-_UNIT = re.compile(r"\b[A-Za-z]{2,}|[$€£]|(?<=\d),(?=\d{3})")
+_UNIT = re.compile(r"\b[A-Za-z]{2,}|[$€£]")
 _SIGNS = str.maketrans({"×": "*", "x": "*", "÷": "/", "−": "-", "–": "-"})
 _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -88,8 +88,8 @@ def equations(text: str) -> list[Equation]:
 
 def value(expression: str) -> Fraction | None:
     """What an expression of + - * / and brackets comes to; None where it is none, or divides by zero."""
-    plain = _UNIT.sub(" ", expression).translate(_SIGNS)
-    plain = re.sub(r"(\d(?:\.\d+)?)\s*%", r"(\1/100)", plain)
+    plain = _UNIT.sub(" ", re.sub(r"(?<=\d),(?=\d{3})", "", expression)).translate(_SIGNS)
+    plain = re.sub(r"(\d+(?:\.\d+)?|\.\d+)\s*%", r"(\1/100)", plain)
     plain = re.sub(r"(?<![\d.])0+(?=\d)", "", plain).strip()
     try:
         return _evaluate(ast.parse(plain, mode="eval").body)

@@ -56,18 +56,16 @@ class Guard:
         raise RewardError(f"grpo.rewards: '{self.name}' {problem}{describe(batch, sample)}. Mend the function.")
 
     def ask(self, batch: dict[str, list[Any]], seconds: float) -> list[float]:
-        """The batch's rewards, from this process or from a worker that runs. Raises BadReward or Hung."""
-        if self.worker is None:
-            return scores(REWARDS[self.name], batch)
-        if self.worker.process.poll() is not None:
-            self.worker = Worker(self.name)
-        return self.worker.ask(batch, seconds)
+        """The batch's rewards. Raises BadReward or Hung, after which the worker must be replaced."""
+        return scores(REWARDS[self.name], batch) if self.worker is None else self.worker.ask(batch, seconds)
 
     def find_sample(self, batch: dict[str, list[Any]], problem: str) -> tuple[int | None, str]:
         """The first sample that fails when it is given alone, and how; (None, problem) where none does.
 
         All of them are given the time of a batch once more.
         """
+        if self.worker is not None and self.worker.process.poll() is not None:
+            self.worker = Worker(self.name)
         deadline = time.monotonic() + self.seconds
         for index in range(len(batch["completions"])):
             left = deadline - time.monotonic()

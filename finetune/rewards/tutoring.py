@@ -64,12 +64,17 @@ class Turn:
 
     @property
     def empty(self) -> bool:
-        return not any(character.isalnum() for character in self.said)
+        return is_empty(self.said)
 
     @property
     def known(self) -> frozenset[Fraction]:
         """Numbers that stood in the dialogue before."""
         return numbers("\n".join([self.question, *self.student, *self.tutor]))
+
+
+def is_empty(text: str) -> bool:
+    """Whether a text says nothing at all: no letter and no digit."""
+    return not any(map(str.isalnum, text))
 
 
 def turns(
@@ -235,7 +240,7 @@ def one_question(completions: list[list[dict[str, str]]], **columns: Any) -> lis
     texts = [completion[-1]["content"] for completion in completions]
     counts = [len(re.findall(r"\?+", text)) for text in texts]
     return [
-        0.0 if not any(map(str.isalnum, text)) else 1.0 / count if count else 0.5 for text, count in zip(texts, counts, strict=True)
+        0.0 if is_empty(text) else 1.0 / count if count else 0.5 for text, count in zip(texts, counts, strict=True)
     ]
 
 
@@ -245,10 +250,9 @@ def fits_student(completions: list[list[dict[str, str]]], **columns: Any) -> lis
     >>> fits_student([[{"role": "assistant", "content": "word " * count}] for count in (0, 10, 80, 200)])
     [0.0, 1.0, 0.5, 0.0]
     """
-    lengths = [len(completion[-1]["content"].split()) for completion in completions]
-    return [
-        float(words > 0) * min(1.0, max(0.0, (TOO_MANY_WORDS - words) / (TOO_MANY_WORDS - FITTING_WORDS))) for words in lengths
-    ]
+    texts = [completion[-1]["content"] for completion in completions]
+    spare = [(TOO_MANY_WORDS - len(text.split())) / (TOO_MANY_WORDS - FITTING_WORDS) for text in texts]
+    return [0.0 if is_empty(text) else min(1.0, max(0.0, share)) for text, share in zip(texts, spare, strict=True)]
 
 
 def tells_correctly(
