@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from finetune.config import Config
 from finetune.run import Result, Run, write_atomic
+from finetune.samples import read as read_samples
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
@@ -38,6 +39,8 @@ def write(config: Config, run: Run) -> Result:
         results=results,
         accuracy=accuracy_bars(results) if results else None,
         samples=samples(results["rows"]) if results else [],
+        diagnosis=read_json(run.dir / "grpo" / "diagnosis.json"),
+        sampled=read_samples(run.dir / "grpo" / "samples.jsonl"),
         certificate=read_json(run.dir / "merged" / "certificate.json"),
     )
     write_atomic(run.dir / "report.html", page)

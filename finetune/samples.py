@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -46,14 +47,14 @@ class Samples:
             }
             for index in dict.fromkeys((ranked[0], ranked[len(ranked) // 2], ranked[-1]))
         ]
-        earlier = [row for row in read(self.path.read_text(encoding="utf-8")) if row["step"] < step] if self.path.exists() else []
+        earlier = [row for row in read(self.path) if row["step"] < step]
         write_atomic(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in earlier + kept))
         self.console.print(table(kept, self.names))
 
 
-def read(lines: str) -> list[dict[str, Any]]:
-    """The rows of a samples.jsonl."""
-    return [json.loads(line) for line in lines.split("\n") if line]
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a samples.jsonl; none where there is no such file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
 
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
