@@ -14,7 +14,6 @@ from finetune.config import Config, GrpoConfig
 from finetune.errors import UserError
 from finetune.grpo_trainer import RefreshReference, Trainer
 from finetune.rewards import guard
-from finetune.rollout import DensePolicy
 from finetune.run import Result, Run
 from finetune.samples import Samples
 
@@ -67,8 +66,10 @@ def train(config: Config, run: Run) -> Result:
     settings = config.grpo
     engine, reason = rollout.choose(policy, settings.engine)
     log.info("grpo: samples from %s: %s", engine, reason)
-    sampler = DensePolicy(policy).model if engine == "dense" else policy
+    sampler = rollout.sampling_model(policy, engine)
     diagnosis.probe(sampler, tokenizer, dataset, functions, config, run)
+    ordered = order(dataset, sampler, tokenizer, config, run)
+    del sampler  # the trainer makes its own; two copies would not fit where one just does
     metrics, watch = training.Metrics(run, "grpo"), diagnosis.Watch(run, settings)
     punished = overlong(settings)
     paid = settings.rewards | {function.__name__: 1.0 for function in punished}
@@ -77,7 +78,7 @@ def train(config: Config, run: Run) -> Result:
             model=policy,
             args=GRPOConfig(**trainer_arguments(config, choices, checkpoints)),
             reward_funcs=functions + punished,
-            train_dataset=order(dataset, sampler, tokenizer, config, run),
+            train_dataset=ordered,
             processing_class=tokenizer,
             callbacks=[metrics, watch, training.CheckpointMarker()] + ([RefreshReference(settings)] if settings.iterations > 1 else []),
             metrics=metrics,

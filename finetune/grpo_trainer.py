@@ -40,6 +40,8 @@ class Trainer(GRPOTrainer):
         self.scores_densely = False
         self.rows: list[dict[str, Any]] = []
         self.known_rewards: torch.Tensor | None = None
+        self.sampled: tuple[Any, list[list[int]], torch.Tensor] = ([], [], torch.empty(0))
+        self.last_logps = torch.empty(0)
         if settings.dynamic_sampling and self.accelerator.num_processes > 1:
             raise UserError(f"grpo.dynamic_sampling={settings.dynamic_sampling}: works in one process only. Set it to 0.")
 
@@ -108,11 +110,12 @@ class Trainer(GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         """(completions, rewards); those that dynamic sampling has worked out are not worked out again."""
         if self.known_rewards is None:
-            self.earned = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            earned = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         else:
-            self.earned, self.known_rewards = self.known_rewards, None
-        self.samples.record(self.state.global_step, inputs, completions, self.earned.tolist())
-        return self.earned
+            earned, self.known_rewards = self.known_rewards, None
+        self.sampled = completions, completion_ids_list, earned
+        self.samples.record(self.state.global_step, inputs, completions, earned.tolist())
+        return earned
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, with advantages (completions, tokens) in place of (completions) under process supervision."""
@@ -120,15 +123,12 @@ class Trainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         if self.verifier is None:
             return batch
-        lengths = batch["completion_mask"].sum(1).tolist()
-        ids = [row[:length] for row, length in zip(batch["completion_ids"].tolist(), lengths, strict=True)]
+        completions, ids, earned = self.sampled
         steps = [process.split(self.processing_class, row) for row in ids]
         columns = {name: [row[name] for row in inputs] for name in inputs[0] if name != "prompt"} | {
-            "prompts": [row["prompt"] for row in inputs],
-            "completions": [[{"role": "assistant", "content": text}] for text in
-                            self.processing_class.batch_decode(ids, skip_special_tokens=True)],
+            "prompts": [row["prompt"] for row in inputs], "completions": completions,
         }
-        outcomes = (self.earned * self.reward_weights.to(self.earned.device)).nansum(1).tolist()
+        outcomes = (earned * self.reward_weights.to(earned.device)).nansum(1).tolist()
         values, ends = process.verify(self.verifier, steps, outcomes, columns)
         batch["advantages"] = process.advantages(
             values, ends, self.num_generations, batch["completion_ids"].shape[1], self.scale_rewards != "none"
@@ -188,7 +188,8 @@ class Trainer(GRPOTrainer):
         if "old_per_token_logps" not in inputs:
             # What was sampled from against what is trained, KL by the k3 estimator: 0 up to rounding while both are the same policy.
             ratio = (self.last_logps - inputs["sampling_per_token_logps"])[inputs["completion_mask"].bool()]
-            self._metrics["train"]["rollout_kl"].append(float((ratio.exp() - 1 - ratio).mean()))
+            if len(ratio):
+                self._metrics["train"]["rollout_kl"].append(float((ratio.exp() - 1 - ratio).mean()))
         return loss
 
 

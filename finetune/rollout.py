@@ -109,6 +109,11 @@ def choose(policy: "PeftModel", engine: str) -> tuple[str, str]:
     return "dense", f"a dense copy of the adapted weights, {size / 1e9:.2f} GB, serves sampling and scoring"
 
 
+def sampling_model(policy: "PeftModel", engine: str) -> Any:
+    """The model that `engine` (dense or policy) samples from, with the policy's present weights."""
+    return DensePolicy(policy).model if engine == "dense" else policy
+
+
 class FoldedLinear(torch.nn.Linear):
     """A linear layer of the dense copy: one product with the folded weight, gradients to the adapter `default`."""
 

@@ -105,4 +105,4 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None].to(gradient.dtype), None, None, None, None
+        return (gradient.float() * upstream[:, None]).to(gradient.dtype), None, None, None, None
