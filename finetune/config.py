@@ -360,10 +360,23 @@ class HardwareConfig:
     """auto, cpu or cuda."""
     threads: int | None = None
     """CPU threads; default: every core. 1 makes runs on a CPU repeat bit for bit on any machine."""
+    target: str | None = None
+    """Name of a GPU that the preflight accounts for, though it is not here; hardware=t4 and the like set it and what follows."""
+    sm: int | None = None
+    """The target's CUDA compute capability as one number: 75 for a T4, 80 for an A100."""
+    gpu_memory_gb: float | None = None
+    """The target's GPU memory that torch can see, GB of 10**9 bytes."""
+    ram_gb: float | None = None
+    """The target machine's RAM, GB; unset: as much as this machine has."""
+    disk_gb: float | None = None
+    """The target machine's free disk, GB; unset: as much as is free here."""
 
     def __post_init__(self) -> None:
         one_of("hardware.device", self.device, ("auto", "cpu", "cuda"))
-        positive("hardware.threads", self.threads)
+        for name in ("threads", "sm", "gpu_memory_gb", "ram_gb", "disk_gb"):
+            positive(f"hardware.{name}", self.__dict__[name])
+        if self.target is not None and (self.sm is None or self.gpu_memory_gb is None):
+            raise UserError(f"hardware.target={self.target}: needs hardware.sm and hardware.gpu_memory_gb as well.")
 
 
 @dataclass
@@ -404,11 +417,17 @@ class Config:
             )
         if self.lora.variant == "loftq" and self.model.quantization != "nf4":
             raise UserError("lora.variant=loftq: makes up for the error of 4-bit weights. Set model.quantization=nf4, or another variant.")
+        only_sft = self.lora.variant in ("pissa", "loftq", "eva") or self.lora.train_tokens
+        if only_sft and "grpo" in self.stages and "sft" not in self.stages and self.model.adapter is None:
+            raise UserError(
+                f"lora.variant={self.lora.variant}, lora.train_tokens={self.lora.train_tokens}: pissa, loftq, eva and trained tokens begin in the "
+                "sft stage. Add it to stages, give model.adapter, or take another lora.variant."
+            )
         if self.lora.variant == "loftq" and self.merge.onto == "nf4" and "merge" in self.stages:
             raise UserError(
                 "merge.onto=nf4: a loftq adapter is saved relative to the full-precision base. Set merge.onto=full, or another lora.variant."
             )
 
 
-STAGE_NAMES = ("inspect", "sft", "grpo", "merge", "export", "evaluate", "report", "serve", "chat")
+STAGE_NAMES = ("inspect", "preflight", "sft", "grpo", "merge", "export", "evaluate", "report", "serve", "chat")
 """Every stage, in the order in which a full run would take them; finetune.pipeline maps each to its module."""

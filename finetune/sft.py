@@ -33,6 +33,7 @@ class Trainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the accumulated batch's tokens itself, for any architecture
         self.metrics = metrics
         self.validate = validate
         self.loraplus_ratio = loraplus_ratio
@@ -119,7 +120,7 @@ def nll(model: PeftModel, batch: Batch) -> tuple[torch.Tensor, int]:
     causal_lm = model.get_base_model()
     labels = batch["labels"][:, 1:]
     supervised = labels != -100
-    dtype = causal_lm.dtype
+    dtype = causal_lm.config.dtype
     if "position_ids" in batch:
         apart = packing.boundaries(batch["lengths"], causal_lm.config._attn_implementation, labels.device)
         where = {"position_ids": batch["position_ids"], **apart}
@@ -150,7 +151,7 @@ def verify_loss(model: PeftModel, dataset: Dataset, collate: Any) -> None:
     expected = torch.zeros((), device=model.device)
     for ids, labels in packing.examples(rows):
         target = torch.tensor(labels, device=model.device)[1:]
-        with torch.autocast(model.device.type, causal_lm.dtype, enabled=causal_lm.dtype != torch.float32):
+        with torch.autocast(model.device.type, causal_lm.config.dtype, enabled=causal_lm.config.dtype != torch.float32):
             logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
         expected += torch.nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
     causal_lm.set_attn_implementation(attention)
