@@ -72,11 +72,14 @@ def resolve(path: str) -> Path:
 
 
 def unpack_embedded(name: str) -> Path:
-    """Unpack a model's GGUF once into the cache, as bf16 safetensors with tokenizer; verified by checksum at every use."""
+    """Unpack a model's GGUF once into the cache, as fp32 safetensors with tokenizer; verified by checksum at every use.
+
+    fp32 holds the GGUF's 4-bit values exactly, and lets a merged model answer as adapter and base do, token for token.
+    """
     if name not in EMBEDDED:
         raise UserError(f"model.path=embedded:{name}: expected one of {', '.join(EMBEDDED)}.")
     package, file, expected = EMBEDDED[name]
-    folder = cache_dir() / f"{name}-{expected[:12]}"
+    folder = cache_dir() / f"{name}-fp32-{expected[:12]}"
     checksum = folder / ".checksum"
     if checksum.exists() and checksum.read_text() == sha256(folder):
         return folder
@@ -93,6 +96,7 @@ def unpack_embedded(name: str) -> Path:
         raise UserError(f"{source}: its SHA-256 is {found[:12]}..., expected {expected[:12]}.... Reinstall {package.replace('_', '-')}.")
 
     import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     log.info("unpacking %s into %s", file, folder)
@@ -100,10 +104,13 @@ def unpack_embedded(name: str) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     model = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        source.parent, gguf_file=source.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(temporary)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # transformers 5.23 reads every GGUF of this kind as GPT-2's; the file says tokenizer.ggml.pre = smollm: single digits.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.save_pretrained(temporary)
     write_atomic(temporary / ".checksum", sha256(temporary))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

@@ -171,6 +171,10 @@ class Run:
             shutil.rmtree(final)
         os.replace(temporary, final)
 
+    def disk_is_full(self) -> bool:
+        """Whether less than a megabyte is left where the run is written."""
+        return shutil.disk_usage(self.dir).free < 1_000_000
+
     def discard(self, relative: str) -> None:
         """Remove an output that an interrupted attempt finished but the manifest does not know."""
         shutil.rmtree(self.dir / relative, ignore_errors=True)

@@ -139,6 +139,27 @@ def test_a_corrupted_adapter_given_by_the_user(tiny_run, tmp_path, tiny_model):
     assert_one_message(done, str(adapter), "damaged")
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode != 0:
+        pytest.skip("a small file system cannot be mounted here (needs root)")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_message_and_leaves_earlier_results(small_disk, tiny_model):
+    done = finetune(
+        "recipe=sft", f"run_dir={small_disk / 'run'}", f"model.path={tiny_model}", "lora.r=64", "sft.max_steps=2", "sft.save_steps=1",
+        "sft.batch_size=4", "sft.micro_batch_size=4", "hardware.threads=1", "data.held_out=20", "data.options.size=100",
+    )
+    assert_one_message(done, "the disk", "full", "resume=")
+    assert (small_disk / "run" / "config.yaml").is_file()
+    assert not (small_disk / "run" / "sft" / "adapter").exists()
+
+
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory, tiny_model) -> Path:
     """A finished SFT run of two steps on the tiny model."""
@@ -146,7 +167,7 @@ def tiny_run(tmp_path_factory, tiny_model) -> Path:
     done = finetune(
         "recipe=sft", f"run_dir={run_dir}", f"model.path={tiny_model}", "lora.r=4", "sft.max_steps=2", "sft.batch_size=4",
         "sft.micro_batch_size=4", "hardware.threads=1", "data.held_out=20", "data.path=reasoning_gym:chain_sum",
-        "+data.options.size=100",
+        "data.options.size=100",
     )
     assert done.returncode == 0, done.stderr
     return run_dir
