@@ -9,11 +9,12 @@ The ladder, chosen once per run and printed:
 """
 
 import importlib.util
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.config import Config
+from finetune.config import Config, HardwareConfig
 from finetune.errors import UserError
 
 
@@ -35,6 +36,8 @@ class Machine:
     """The bitsandbytes package is installed."""
     gpu_memory: int = 0
     """Memory of the GPU, bytes."""
+    ram: int = 0
+    """Memory that processes may take, bytes: what is available now, or a container's limit where that is less."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,35 @@ def detect() -> Machine:
         properties = torch.cuda.get_device_properties(0)
         return Machine(
             device="cuda", name=properties.name, sm=properties.major * 10 + properties.minor,
-            gpu_memory=properties.total_memory, **installed,
+            gpu_memory=properties.total_memory, ram=available_ram(), **installed,
         )
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     return Machine(
         device="cpu", name=platform.processor() or platform.machine(),
-        cpu_bf16=bool(flags & {"amx_bf16", "avx512_bf16"}), **installed,
+        cpu_bf16=bool(flags & {"amx_bf16", "avx512_bf16"}), ram=available_ram(), **installed,
+    )
+
+
+def available_ram() -> int:
+    """Bytes that processes can still take (MemAvailable, see proc(5)), no more than a container's limit (cgroup v2 memory.max);
+    without /proc the machine's whole RAM."""
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if not meminfo.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return found if text == "max" else min(found, int(text))
+
+
+def target(config: HardwareConfig, here: Machine) -> Machine:
+    """The machine that the configuration describes (hardware=t4 and the like), or `here` where it describes none."""
+    if config.target is None:
+        return here
+    assert config.sm is not None and config.gpu_memory_gb is not None, "HardwareConfig sees to it"
+    return Machine(
+        device="cuda", name=config.target, sm=config.sm, flash_attn=config.sm >= 80, gpu_memory=int(config.gpu_memory_gb * 1e9),
+        ram=int(config.ram_gb * 1e9) if config.ram_gb else here.ram,
     )
 
 
