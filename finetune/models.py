@@ -222,8 +222,8 @@ def keep_differentiable(model: "PreTrainedModel") -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def peft_config(config: LoraConfig, token_rows: list[int] | None = None) -> "PeftLoraConfig":
-    """peft's configuration of a new adapter; `token_rows` are rows of the embedding that are trained too."""
+def peft_config(config: LoraConfig, token_rows: dict[str, list[int]] | None = None) -> "PeftLoraConfig":
+    """peft's configuration of a new adapter; `token_rows`: module name -> rows of that embedding or LM head that are trained too."""
     from peft import EvaConfig
     from peft import LoraConfig as PeftLoraConfig
 

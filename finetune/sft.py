@@ -87,7 +87,7 @@ class Trainer(SFTTrainer):
     def halve(self, error: RuntimeError) -> None:
         """Note that micro-batches are to be halved once more; raises UserError where they are single examples already."""
         examples = max(len(batch["lengths"]) for batch in self.accumulated)
-        if examples >> self.halvings <= 1:
+        if examples <= 2**self.halvings:
             raise UserError(
                 f"sft: out of memory at step {self.state.global_step + 1} with one example at a time ({str(error).splitlines()[0]}). "
                 "Set sft.gradient_checkpointing=true, or lower sft.max_length."

@@ -54,14 +54,20 @@ def start(
 
     Raises UserError where a trained token has no row in the embedding, or peft cannot do the variant on these layers.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = embedding.weight.shape[0]
     if token_rows and token_rows[-1] >= rows:
         raise UserError(
             f"lora.train_tokens: {token_rows[-1] - rows + 1} more tokens than the embedding's {rows} rows. Take tokens that the model has "
             "but does not use (see its tokenizer's special tokens), or resize the base model first."
         )
+    if embedding.padding_idx in token_rows:
+        raise UserError("lora.train_tokens: one of them is the model's padding token, whose embedding gets no gradient. Take another token.")
+    # Where the LM head has weights of its own, the model can only learn to say a token by that token's row there; peft follows a tie.
+    trained = [embedding] if head.weight is embedding.weight else [embedding, head]
+    indices = {name.rpartition(".")[2]: token_rows for name, module in model.named_modules() if token_rows and module in trained}
     try:
-        policy = get_peft_model(model, models.peft_config(config.lora, token_rows))
+        policy = get_peft_model(model, models.peft_config(config.lora, indices))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"lora.variant={config.lora.variant}: peft cannot put it on this base ({error}). Choose another variant.") from error
     if config.lora.variant == "loftq":
