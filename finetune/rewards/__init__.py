@@ -28,9 +28,7 @@ from finetune.rewards.tutoring import (
     withholds_answer,
 )
 
-REWARDS: dict[str, Callable[..., list[float]]] = {
-    "correct": correct,
-    "boxed": boxed,
+TUTORING: dict[str, Callable[..., list[float]]] = {
     "withholds_answer": withholds_answer,
     "asks": asks,
     "addresses_error": addresses_error,
@@ -38,6 +36,10 @@ REWARDS: dict[str, Callable[..., list[float]]] = {
     "fits_student": fits_student,
     "tells_correctly": tells_correctly,
 }
+"""Rewards for a tutor's turn; they need no gold answer."""
+
+REWARDS: dict[str, Callable[..., list[float]]] = {"correct": correct, "boxed": boxed, **TUTORING}
+"""Every reward of the package by its name in the configuration."""
 
 
 def find(name: str, key: str = "grpo.rewards") -> Callable[..., list[float]]:
