@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import data_formats
 from data_formats import Example
 from finetune.config import Config, DataConfig
 from finetune.errors import UserError
+from finetune.rewards import TUTORING
 from finetune.run import Run, write_atomic
 
 if TYPE_CHECKING:
@@ -263,10 +264,14 @@ def show_mask(row: dict[str, list[int]], tokenizer: "PreTrainedTokenizerBase") -
 def grpo_dataset(examples: list[Example], config: Config) -> "Dataset":
     """Rows of prompt (messages), answer, answer_type, solution, id and meta (JSON): what TRL and the rewards read.
 
-    Examples without a gold answer are counted and left out; raises UserError where none is left.
+    Under tutoring rewards each learnt turn of a dialogue is a prompt of its own. Examples without a gold answer, which only those
+    rewards can do without, are counted and left out; raises UserError where none is left.
     """
     from datasets import Dataset
 
+    tutoring = not set(config.grpo.rewards).isdisjoint(TUTORING) and "correct" not in config.grpo.rewards
+    golden = [example for example in examples if example.answer is not None or tutoring]
+    prompts = [turn for example in golden for turn in learnt_turns(example)] if tutoring else golden
     rows = [
         {
             "prompt": prompt_messages(example, config.data.prompt),
@@ -276,10 +281,17 @@ def grpo_dataset(examples: list[Example], config: Config) -> "Dataset":
             "id": example.id,
             "meta": json.dumps(example.meta),
         }
-        for example in examples
-        if example.answer is not None
+        for example in prompts
     ]
     if not rows:
         raise UserError(f"data.path={config.data.path}: no example has a gold answer, so GRPO has nothing to reward.")
-    log.info("grpo data: %d prompts, left out %d without a gold answer", len(rows), len(examples) - len(rows))
+    log.info("grpo data: %d prompts, left out %d without a gold answer", len(rows), len(examples) - len(golden))
     return Dataset.from_list(rows)
+
+
+def learnt_turns(example: Example) -> list[Example]:
+    """The dialogue up to and with each assistant turn that is learnt, or the example as it is where there is none."""
+    ends = [
+        place + 1 for place, message in enumerate(example.messages) if message["role"] == "assistant" and message.get("train", True)
+    ]
+    return [replace(example, messages=example.messages[:end], id=f"{example.id}:{place}") for place, end in enumerate(ends)] or [example]
