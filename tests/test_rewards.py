@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import data_formats
+from finetune.config import Config, GrpoConfig
+from finetune.data import grpo_dataset
 from finetune.errors import UserError
 from finetune.rewards import REWARDS, find, tutoring
 from finetune.rewards.arithmetic import equations, numbers
@@ -288,3 +290,24 @@ def test_a_module_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="broken_rewards.reward.*while its module was imported"):
         Guard("broken_rewards.reward", 5.0)
+
+
+# -- the prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_under_tutoring_rewards_each_learnt_turn_is_a_prompt_and_needs_no_gold():
+    dialogue = data_formats.Example(
+        [{"role": "user", "content": "1 + 1 = 3"}, {"role": "assistant", "content": "Count again?", "train": True},
+         {"role": "user", "content": "2"}, {"role": "assistant", "content": "Yes.", "train": True}],
+        answer="2", answer_type="number", id="a", meta={"question": "1 + 1?", "moves": [["focus"], ["generic"]]},
+    )
+    silent = data_formats.Example(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "not learnt", "train": False}, {"role": "user", "content": "5?"},
+         {"role": "assistant", "content": "How?", "train": True}], id="b",
+    )
+    rows = grpo_dataset([dialogue, silent], Config(grpo=GrpoConfig(rewards={"asks": 1.0})))
+    assert [(row["id"], len(row["prompt"]), row["answer"]) for row in rows] == [("a:0", 1, "2"), ("a:1", 3, "2"), ("b:0", 3, None)]
+    first, second, _ = tutoring.turns(rows["prompt"], said("", "", ""), meta=rows["meta"])
+    assert (first.move, second.move) == ("focus", "generic")
+    rows = grpo_dataset([dialogue, silent], Config(grpo=GrpoConfig(rewards={"correct": 1.0, "asks": 1.0})))
+    assert [(row["id"], len(row["prompt"])) for row in rows] == [("a", 3)]
