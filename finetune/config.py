@@ -54,9 +54,37 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One source of a mixture, an entry of data.sources."""
+
+    path: str = MISSING
+    """A file, a folder, a hub name, or `reasoning_gym:NAME` for generated problems."""
+    format: str = "auto"
+    """Name of a data_formats adapter, or auto to detect it from the content."""
+    split: str | None = None
+    """Split of a hub or saved data set (train, test, ...)."""
+    weight: float | None = None
+    """Share of the mixture, relative to the other weights; all sources have one, or none has and each is read whole."""
+    cap: int | None = None
+    """At most this many examples, drawn evenly from the whole source."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Your column names by their standard ones."""
+    filter: dict[str, Any] = field(default_factory=dict)
+    """Your columns and the value, or the list of values, to keep."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of the adapter, see `data_formats.Options`."""
+
+    def __post_init__(self) -> None:
+        positive("data.sources: weight", self.weight)
+        positive("data.sources: cap", self.cap)
+
+
+@dataclass
 class DataConfig:
     path: str = MISSING
     """A file, a folder, a hub name, or `reasoning_gym:NAME` for generated problems."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """A mixture in the place of `path`: a list of mappings with path, format, split, weight, cap, columns, filter, options."""
     format: str = "auto"
     """Name of a data_formats adapter, or auto to detect it from the content."""
     split: str | None = None
@@ -66,17 +94,29 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Your column names by their standard ones, as in columns.question=prompt_text."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further options of the adapter, see `data_formats.read`."""
+    """Further options of the adapter, see `data_formats.Options`."""
     prompt: str = "{question}"
     """What a user turn with a problem becomes; {question} stands for the problem."""
+    template_tokens: str = "escape"
+    """What happens to the chat template's own tokens inside content: escape (a blank is put into them, counted) or refuse."""
     eval_path: str | None = None
     """Held-out problems; when absent, `held_out` problems are split off `path`, never one that is also trained on."""
+    eval_split: str | None = None
+    """Split of eval_path, where that is a hub or saved data set."""
     held_out: int = 200
     """Number of examples held out for evaluation when there is no eval_path."""
+    decontaminate: list[str] = field(default_factory=list)
+    """Further evaluation files (GSM8K's or MATH's test half, ...): training examples that hold one of their questions are left out."""
 
     def __post_init__(self) -> None:
         positive("data.limit", self.limit)
         positive("data.held_out", self.held_out)
+        one_of("data.template_tokens", self.template_tokens, ("escape", "refuse"))
+        if self.eval_split is not None and self.eval_path is None:
+            raise UserError(f"data.eval_split={self.eval_split}: is the split of data.eval_path, which is not set. Set data.eval_path.")
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise UserError("data.sources: some have a weight and some have none. Give all of them a weight, or none.")
         if "{question}" not in self.prompt:
             raise UserError(f"data.prompt={self.prompt!r}: expected the text to contain {{question}}.")
 
@@ -313,7 +353,24 @@ class ExportConfig:
 @dataclass
 class EvaluateConfig:
     prompt: str = "cot"
-    """cot: the chat prompt the model was trained with."""
+    """cot: the chat prompt the model was trained with; few_shot: worked examples in plain text, for base models; tool: the model writes
+    Python, which a sandbox runs, and goes on from the output."""
+    suite: str | None = None
+    """Problems of a known suite (gsm8k, math500, svamp, ..., see finetune.suites) in the place of the held-out ones."""
+    suite_path: str | None = None
+    """File with the suite's problems; unset: the suite's copy on the hub."""
+    shots: int = 8
+    """Worked examples that a few_shot prompt takes from shots_path."""
+    shots_path: str | None = None
+    """File with worked examples for few_shot (training problems, never the evaluated ones); unset: the suite's published examples."""
+    tool_rounds: int = 4
+    """Runs of code in one answer, at most (tool)."""
+    tool_seconds: float = 10.0
+    """Longest run of a program, seconds (tool)."""
+    allow_unsandboxed: bool = False
+    """Run a model's programs even where this machine offers no sandbox beyond resource limits (tool)."""
+    server_model: str | None = None
+    """The model's name on the server, where model.path is a server's address; unset: the first that the server lists."""
     k: int = 1
     """Completions per problem."""
     temperature: float = 0.0
@@ -333,11 +390,17 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         one_of("evaluate.dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
-        one_of("evaluate.prompt", self.prompt, ("cot",))
-        for name in ("k", "max_new_tokens", "limit", "batch_size"):
+        one_of("evaluate.prompt", self.prompt, ("cot", "few_shot", "tool"))
+        for name in ("k", "max_new_tokens", "limit", "batch_size", "shots", "tool_rounds", "tool_seconds"):
             positive(f"evaluate.{name}", self.__dict__[name])
         if self.k > 1 and self.temperature == 0:
             raise UserError(f"evaluate.k={self.k}: expected evaluate.temperature above 0, greedy completions are all alike.")
+        if self.suite_path is not None and self.suite is None:
+            raise UserError(f"evaluate.suite_path={self.suite_path}: needs the suite's name. Set evaluate.suite, or give the file as data.path.")
+        if self.shots_path is not None and self.prompt != "few_shot":
+            raise UserError(f"evaluate.shots_path={self.shots_path}: is read for evaluate.prompt=few_shot only. Set that, or leave the path out.")
+        if self.prompt == "few_shot" and self.suite is None and self.shots_path is None:
+            raise UserError("evaluate.prompt=few_shot: needs worked examples. Set evaluate.shots_path to a training file, or evaluate.suite.")
 
 
 @dataclass

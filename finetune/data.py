@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-import data_formats
 from data_formats import Example
-from finetune.config import Config, DataConfig
+from data_formats.mixture import problem_key
+from finetune import chats, decontaminate, models, sources
+from finetune.config import Config
 from finetune.errors import UserError
 from finetune.rewards import TUTORING
 from finetune.run import Run, write_atomic
@@ -33,49 +35,71 @@ class Splits:
 
 
 def load(config: Config, run: Run) -> Splits:
-    """Read and split the data; the counts and a digest go to `data.json` in the run directory.
+    """Read, guard, split and decontaminate the data; what became of every row, and digests, go to `data.json` in the run directory.
 
-    Raises UserError where a side is empty, and DataFormatError where a file is not what it should be.
+    Raises UserError where a side that the stages need is empty, and DataFormatError where a file is not what it should be.
     """
     settings = config.data
-    examples = unique(list(read(settings, settings.path)))
-    if settings.eval_path is not None:
-        train, held_out = examples, unique(list(read(settings, settings.eval_path)))
-        evaluated = {example.key for example in held_out}
-        train = [example for example in train if example.key not in evaluated]
-    else:
+    tokens = chats.template_tokens(models.load_tokenizer(models.resolve(config.model.path), config.model))
+    found, record = sources.read_all(settings, config.seed)
+    escaped = sources.guard(found, tokens, settings.template_tokens)
+    examples = unique(found)
+    evaluation = sources.evaluation_source(settings)
+    if evaluation is None:
         train, held_out = split(examples, settings.held_out, config.seed)
+    else:
+        train = examples
+        problems, evaluation_record = sources.read(evaluation)
+        escaped += sources.guard(problems, tokens, settings.template_tokens)
+        held_out = unique(problems)
+        record.append(evaluation_record)
+    detector = decontaminate.Detector(settings, held_out)
+    matches = [(example, detector.find(example)) for example in train]
+    contaminated = [match for _, match in matches if match is not None]
+    train = [example for example, match in matches if match is None]
+    without_answer = sum(example.answer is None for example in held_out)
     held_out = [example for example in held_out if example.answer is not None]
-    dropped = len(examples) - len(train) - (len(held_out) if settings.eval_path is None else 0)
-    for side, found in (("train on", train), ("evaluate on", held_out)):
-        if not found:
+    needed = (("train on", train, {"sft", "grpo"}), ("evaluate on", held_out, {"evaluate"}))
+    for side, left, stages in needed:
+        if not left and stages & set(config.stages):
             raise UserError(
-                f"data.path={settings.path}: {len(examples)} examples, none of them left to {side}. "
+                f"data.path={sources.name(settings)}: {len(examples)} examples, none of them left to {side} ({len(contaminated)} hold an "
+                f"evaluation question, {without_answer} held-out ones have no gold answer). "
                 f"Give more data, or another data.held_out (now {settings.held_out}) or data.eval_path."
             )
-    assert not {example.key for example in train} & {example.key for example in held_out}, "a problem is on both sides"
-    record = {
-        "path": settings.path,
-        "examples": len(examples),
-        "train": len(train),
-        "held_out": len(held_out),
-        "left_out": dropped,
-        "train_sha256": digest(train),
-        "held_out_sha256": digest(held_out),
-    }
-    write_atomic(run.path("data.json"), json.dumps(record, indent=1))
-    log.info("data: %d examples, %d to train on, %d held out, no problem on both sides", len(examples), len(train), len(held_out))
+    assert not {problem_key(e) for e in train} & {problem_key(e) for e in held_out}, "a problem is on both sides"
+    write_atomic(
+        run.path("data.json"),
+        json.dumps(
+            {
+                "path": sources.name(settings),
+                "sources": record,
+                "examples": len(examples),
+                "repeated": len(found) - len(examples),
+                "train": len(train),
+                "held_out": len(held_out),
+                "held_out_without_answer": without_answer,
+                "left_out": len(contaminated),
+                "contaminated": [match._asdict() for match in contaminated],
+                "template_tokens": dict(escaped),
+                "train_sha256": digest(train),
+                "held_out_sha256": digest(held_out),
+            },
+            indent=1, ensure_ascii=False,
+        ),
+    )
+    log.info(
+        "data: %d examples (%d exact repetitions left out), %d to train on, %d held out (%d more without a gold answer), "
+        "no problem on both sides", len(examples), len(found) - len(examples), len(train), len(held_out), without_answer,
+    )
+    if contaminated:
+        kinds = Counter(f"{match.reason} in {match.found_in}" for match in contaminated)
+        log.warning(
+            "data: %d training examples hold an evaluation question and are left out (%s); all of them are in %s, the first: %s",
+            len(contaminated), "; ".join(f"{count} {kind}" for kind, count in kinds.most_common()), run.path("data.json"),
+            ", ".join(match.id for match in contaminated[:5]),
+        )
     return Splits(train, held_out)
-
-
-def read(settings: DataConfig, path: str) -> Any:
-    """Examples of one source, with the options of the data configuration."""
-    options: dict[str, Any] = dict(settings.options)
-    for name in ("columns", "split", "limit"):
-        value = getattr(settings, name)
-        if value:
-            options[name] = value
-    return data_formats.read(path, format=settings.format, **options)
 
 
 def unique(examples: list[Example]) -> list[Example]:
@@ -93,12 +117,11 @@ def unique(examples: list[Example]) -> list[Example]:
 def split(examples: list[Example], held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
     """Hold out at least `held_out` examples, whole problems at a time, chosen by a hash of seed and problem.
 
-    The choice of a problem does not depend on the other rows' order or presence.
+    A problem and its rewritings are one; its choice does not depend on the other rows' order or presence.
     """
-    ranked = sorted({example.key for example in examples}, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
-    sizes: dict[str, int] = {}
-    for example in examples:
-        sizes[example.key] = sizes.get(example.key, 0) + 1
+    keys = [problem_key(example) for example in examples]
+    ranked = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    sizes = Counter(keys)
     chosen: set[str] = set()
     count = 0
     for key in ranked:
@@ -106,7 +129,8 @@ def split(examples: list[Example], held_out: int, seed: int) -> tuple[list[Examp
             break
         chosen.add(key)
         count += sizes[key]
-    return [e for e in examples if e.key not in chosen], [e for e in examples if e.key in chosen]
+    sides = list(zip(keys, examples, strict=True))
+    return [e for key, e in sides if key not in chosen], [e for key, e in sides if key in chosen]
 
 
 def digest(examples: list[Example]) -> str:
@@ -119,11 +143,7 @@ def digest(examples: list[Example]) -> str:
 
 def inputs(config: Config, run: Run) -> dict[str, Path]:
     """What the manifest records of the data: the files where there are some, and the digest of the examples."""
-    found = {"data": run.dir / "data.json"}
-    for name, path in (("data_path", config.data.path), ("eval_path", config.data.eval_path)):
-        if path is not None and Path(path).exists():
-            found[name] = Path(path)
-    return found
+    return {"data": run.dir / "data.json"} | sources.files(config.data)
 
 
 def prompt_messages(example: Example, prompt: str) -> list[dict[str, Any]]:
@@ -135,43 +155,28 @@ def prompt_messages(example: Example, prompt: str) -> list[dict[str, Any]]:
     return messages
 
 
+def training_chat(example: Example, prompt: str) -> tuple[list[dict[str, Any]], list[bool]]:
+    """The messages that an example is trained on, and for each assistant turn whether it is; the example has a completion."""
+    assert example.completion is not None
+    messages = prompt_messages(example, prompt) + [{"role": "assistant", "content": example.completion.strip()}]
+    return messages, [message.get("train", True) for message in example.messages if message["role"] == "assistant"]
+
+
+def refuse_evaluation_only(examples: list[Example]) -> None:
+    """Raise UserError where an example may not be trained on by its data's terms (meta["evaluation_only"])."""
+    refused = [example for example in examples if example.meta.get("evaluation_only")]
+    if refused:
+        raise UserError(
+            f"{refused[0].meta.get('source')}: {len(refused)} of {len(examples)} training examples are of a data set that its authors give "
+            f"for evaluation only (format {refused[0].meta.get('format')}, the first is {refused[0].id}). Give it as data.eval_path, "
+            "and train on other data."
+        )
+
+
 # -- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], train: list[bool]) -> dict[str, list[int]]:
-    """input_ids and labels of a chat: labels are the ids on each trained assistant turn and its EOS, -100 elsewhere.
-
-    A turn's span is what the template adds to the chat before it (ended by the generation prompt), cut after its EOS: what
-    the model sees as a prompt when it is served is thus exactly what stands before the loss. `train` has a flag for each
-    assistant turn. Raises UserError where the template rewrites earlier turns or does not end a turn with EOS.
-    """
-    def render(upto: int, generation_prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=generation_prompt)
-
-    text = render(len(messages))
-    spans = []
-    assistant_turns = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
-    for position, trained in zip(assistant_turns, train, strict=True):
-        before, after = render(position, generation_prompt=True), render(position + 1)
-        if not (text.startswith(after.rstrip()) and after.startswith(before)):
-            raise UserError(
-                f"The chat template rewrites earlier turns: turn {position} is rendered as {after[-80:]!r}, the whole chat "
-                "has something else there. Set model.chat_template to a template that only appends."
-            )
-        end = after.rfind(tokenizer.eos_token)
-        if end < len(before):
-            raise UserError(
-                f"The chat template does not end an assistant turn with EOS ({tokenizer.eos_token}): {after[-80:]!r}. "
-                "The model would never learn to stop. Set model.chat_template to one that does."
-            )
-        if trained:
-            spans.append((len(before), end + len(tokenizer.eos_token)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [-100] * len(encoded["input_ids"])
-    for index, (start, end) in enumerate(encoded["offset_mapping"]):
-        if any(first <= start and end <= last for first, last in spans) and end > start:
-            labels[index] = encoded["input_ids"][index]
-    return {"input_ids": encoded["input_ids"], "labels": labels}
+encode = chats.encode
 
 
 def sft_dataset(examples: list[Example], tokenizer: "PreTrainedTokenizerBase", config: Config) -> "Dataset":
@@ -185,14 +190,15 @@ def sft_dataset(examples: list[Example], tokenizer: "PreTrainedTokenizerBase", c
     from finetune import over_length, packing
 
     settings = config.sft
+    refuse_evaluation_only(examples)
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
-    shortened = without_answer = 0
+    shortened = without_answer = untrained = 0
 
     def encode_turns(messages: list[dict[str, Any]], train: list[bool]) -> dict[str, list[int]]:
         row = encode(tokenizer, messages, train)
         eos = sum(label == tokenizer.eos_token_id for label in row["labels"])
-        if sum(train) == 0 or eos < sum(train):
+        if eos < sum(train):
             raise UserError(
                 f"{example.id}: {eos} supervised EOS for {sum(train)} trained turns. Every sample must supervise its EOS, "
                 "or the model never stops; check the chat template and the row."
@@ -203,8 +209,10 @@ def sft_dataset(examples: list[Example], tokenizer: "PreTrainedTokenizerBase", c
         if example.completion is None:
             without_answer += 1
             continue
-        messages = prompt_messages(example, config.data.prompt) + [{"role": "assistant", "content": example.completion.strip()}]
-        train = [message.get("train", True) for message in example.messages if message["role"] == "assistant"]
+        messages, train = training_chat(example, config.data.prompt)
+        if not any(train):
+            untrained += 1
+            continue
         encoded, lost_turns = [encode_turns(messages, train)], 0
         length = len(encoded[0]["input_ids"])
         if length > settings.max_length:
@@ -226,16 +234,16 @@ def sft_dataset(examples: list[Example], tokenizer: "PreTrainedTokenizerBase", c
         )
     if not rows:
         raise UserError(
-            f"data.path={config.data.path}: no example is left to train on ({without_answer} without an answer, "
-            f"{len(left_out)} longer than sft.max_length={settings.max_length})."
+            f"data.path={sources.name(config.data)}: no example is left to train on ({without_answer} without an answer, "
+            f"{untrained} without a turn to learn, {len(left_out)} longer than sft.max_length={settings.max_length})."
         )
     lengths = [row["length"] for row in rows]
     supervised = sum(label != -100 for row in rows for label in row["labels"])
     log.info(
         "sft data: %d samples, %d to %d tokens, %.0f%% of tokens supervised, EOS supervised in 100%%; longer than %d tokens: %d made to "
-        "fit (%s), %d left out in whole or in part; left out: %d without an answer",
+        "fit (%s), %d left out in whole or in part; left out: %d without an answer, %d without a turn to learn",
         len(rows), min(lengths), max(lengths), 100 * supervised / sum(lengths), settings.max_length, shortened, settings.over_length,
-        len(left_out), without_answer,
+        len(left_out), without_answer, untrained,
     )
     if left_out:
         log.debug("longer than sft.max_length: %s", ", ".join(left_out))
@@ -272,6 +280,13 @@ def grpo_dataset(examples: list[Example], config: Config) -> "Dataset":
     tutoring = not set(config.grpo.rewards).isdisjoint(TUTORING) and "correct" not in config.grpo.rewards
     golden = [example for example in examples if example.answer is not None or tutoring]
     prompts = [turn for example in golden for turn in learnt_turns(example)] if tutoring else golden
+    refuse_evaluation_only(examples)
+    plain = [example for example in examples if example.meta.get("language_modelling")]
+    if plain:
+        raise UserError(
+            f"data.path={sources.name(config.data)}: {len(plain)} examples are plain text without a question (the first is {plain[0].id}), "
+            "and GRPO needs a prompt and a gold answer. Give data with questions and answers; plain text is for recipe=sft."
+        )
     rows = [
         {
             "prompt": prompt_messages(example, config.data.prompt),
@@ -284,7 +299,7 @@ def grpo_dataset(examples: list[Example], config: Config) -> "Dataset":
         for example in prompts
     ]
     if not rows:
-        raise UserError(f"data.path={config.data.path}: no example has a gold answer, so GRPO has nothing to reward.")
+        raise UserError(f"data.path={sources.name(config.data)}: no example has a gold answer, so GRPO has nothing to reward.")
     log.info("grpo data: %d prompts, left out %d without a gold answer", len(rows), len(examples) - len(golden))
     return Dataset.from_list(rows)
 

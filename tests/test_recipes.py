@@ -86,7 +86,7 @@ def test_every_config_field_is_read_somewhere():
 
 LAYERS = [
     {"errors"}, {"config"}, {"run", "hardware", "usage"},
-    {"data", "packing", "over_length", "nf4_cache", "models", "answers", "rewards", "generation", "sandbox"},
+    {"data", "sources", "decontaminate", "chats", "packing", "over_length", "nf4_cache", "models", "answers", "rewards", "generation", "sandbox"},
 ]
 """finetune's modules from the ground up; one imports only from its own layer or below. What is not named here is a stage or
 its helper, above all of these; pipeline is above the stages, cli above the pipeline."""
