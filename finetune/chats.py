@@ -104,6 +104,17 @@ def encode(tokenizer: "PreTrainedTokenizerBase", messages: Messages, train: list
     return {"input_ids": encoded["input_ids"], "labels": labels}
 
 
+def segments(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> list[tuple[str, bool]]:
+    """A row of input_ids and labels as text: (text, whether it is learned) of each run of tokens."""
+    runs: list[tuple[list[int], bool]] = []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        learned = label != -100
+        if not runs or runs[-1][1] != learned:
+            runs.append(([], learned))
+        runs[-1][0].append(token)
+    return [(tokenizer.decode(ids), learned) for ids, learned in runs]
+
+
 # -- what the template writes itself ----------------------------------------------------------------------------------
 
 _PLACES = ("\x02system\x02", "\x02question\x02", "\x02answer\x02", "\x02more\x02", "\x02end\x02")

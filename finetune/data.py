@@ -256,17 +256,13 @@ def sft_dataset(examples: list[Example], tokenizer: "PreTrainedTokenizerBase", c
 
 def show_mask(row: dict[str, list[int]], tokenizer: "PreTrainedTokenizerBase") -> None:
     """Print a sample as the model sees it: green is learned, grey is given. The log file marks the learned part with ⟦ ⟧."""
-    coloured, marked, inside = Text(), "", False
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        piece = tokenizer.decode([token])
-        learned = label != -100
-        coloured.append(piece, style="bold green" if learned else "bright_black")
-        marked += ("⟦" if learned and not inside else "⟧" if inside and not learned else "") + piece
-        inside = learned
+    segments = chats.segments(tokenizer, row)
     console = Console(stderr=True)
     console.print(Text("one sample as the model sees it, the loss is on the green part:", style="bold"))
-    console.print(coloured)
-    log.debug("one sample, the loss is on the part in ⟦⟧:\n%s", marked + ("⟧" if inside else ""))
+    console.print(Text.assemble(*((piece, "bold green" if learned else "bright_black") for piece, learned in segments)))
+    log.debug(
+        "one sample, the loss is on the part in ⟦⟧:\n%s", "".join(f"⟦{piece}⟧" if learned else piece for piece, learned in segments)
+    )
 
 
 def grpo_dataset(examples: list[Example], config: Config) -> "Dataset":

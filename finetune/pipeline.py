@@ -13,7 +13,7 @@ from finetune.run import Run
 log = logging.getLogger("finetune")
 
 STAGES = {
-    "inspect": "finetune.data:inspect",
+    "inspect": "finetune.inspect:inspect",
     "preflight": "finetune.preflight:check",
     "sft": "finetune.sft:train",
     "grpo": "finetune.grpo:train",

@@ -10,6 +10,7 @@ import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from finetune import inspect
 from finetune.config import Config
 from finetune.run import Result, Run, write_atomic
 from finetune.samples import read as read_samples
@@ -35,6 +36,7 @@ def write(config: Config, run: Run) -> Result:
         config_yaml=(run.dir / "config.yaml").read_text(encoding="utf-8"),
         stages=run.manifest["stages"],
         data=read_json(run.dir / "data.json"),
+        inspected=inspected_sources(run),
         curves=[curve for stage in ("sft", "grpo") for curve in curves(run, stage)],
         results=results,
         accuracy=accuracy_bars(results) if results else None,
@@ -51,6 +53,12 @@ def write(config: Config, run: Run) -> Result:
 def read_json(path: Path) -> Any:
     """The file's content, or None where there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def inspected_sources(run: Run) -> list[dict[str, Any]]:
+    """The pages of the inspect stage, each with its `lines` of (title, text); none where it did not run."""
+    found = read_json(run.dir / "inspect.json")
+    return [page | {"lines": list(inspect.lines(page))} for page in found["sources"]] if found else []
 
 
 def samples(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
