@@ -49,7 +49,7 @@ class Samples:
         ]
         earlier = [row for row in read(self.path) if row["step"] < step]
         write_atomic(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in earlier + kept))
-        self.console.print(table(kept, self.names))
+        self.console.print(table(kept))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -57,16 +57,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
 
 
-def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
+def table(rows: list[dict[str, Any]]) -> Table:
     """One group's completions with each reward and their weighted sum."""
     first = rows[0]
     title = f"step {first['step'] + 1}, {first['id']} (gold: {first['gold']}): best, middling and worst completion"
     shown = Table(title=Text(title), show_lines=True)  # Text: what a model writes is no markup
-    shown.add_column("completion", overflow="fold")
-    for name in [*names, "total"]:
-        shown.add_column(name.rpartition(".")[2], justify="right")
+    for column in ("completion", "rewards", "total"):
+        shown.add_column(column, justify="right" if column == "total" else "left", overflow="fold")
     for row in rows:
-        text = row["completion"]
-        cells = [f"{row['rewards'][name]:.2f}" for name in names] + [f"{row['total']:.2f}"]
-        shown.add_row(Text(text if len(text) <= SHOWN else text[:SHOWN] + " ..."), *cells)
+        text = row["completion"] if len(row["completion"]) <= SHOWN else row["completion"][:SHOWN] + " ..."
+        earned = "\n".join(f"{name.rpartition('.')[2]} {value:.2f}" for name, value in row["rewards"].items())
+        shown.add_row(Text(text), earned, f"{row['total']:.2f}")
     return shown
