@@ -74,12 +74,20 @@ class Shape:
 
 
 def check(config: Config, run: Run) -> Result:
-    """The preflight stage: writes `preflight.json`; raises UserError where a stage does not fit the machine."""
+    """The preflight stage: writes `preflight.json`; raises UserError where a stage does not fit the machine, or is to train on a GPU
+    that is only described."""
     here = hardware.detect()
     machine = hardware.target(config.hardware, here)
+    if machine is not here and config.stages != ["preflight"] and here.sm != machine.sm:
+        raise UserError(
+            f"hardware.target={machine.name}: describes a GPU that this machine ({here.name}) does not have. Ask whether the run would fit "
+            "it by stages=[preflight]; to train here, use hardware=auto."
+        )
     choices = hardware.choose(config if machine is here else with_key(config, "hardware.device", "auto"), machine)
     for reason in choices.reasons:
         log.info(reason)
+    if config.lora.variant == "dora":
+        log.warning("preflight: accounts for plain LoRA; DoRA keeps a further activation the size of each layer's output")
     base = models.resolve(config.model.path)
     stages = accounted_stages(config)
     costs, shape, rows = data_costs(config, run, base, stages)

@@ -50,3 +50,21 @@ def test_a_cpu_takes_bf16_where_it_has_it() -> None:
 def test_what_the_machine_cannot_do_is_refused_with_the_way_out(machine: hardware.Machine, asked: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
         chosen(machine, **asked)
+
+
+def test_a_described_gpu_stands_in_for_this_machine() -> None:
+    described = HardwareConfig(target="T4", sm=75, gpu_memory_gb=15.0, ram_gb=12.7)
+    machine = hardware.target(described, CPU)
+    assert (machine.device, machine.sm, machine.gpu_memory, machine.ram) == ("cuda", 75, 15 * 10**9, 12_700_000_000)
+    choices = chosen(machine)
+    assert (choices.dtype, choices.attention) == ("float16", "sdpa")
+    assert hardware.target(HardwareConfig(), CPU) is CPU
+
+
+def test_a_description_without_its_figures_is_refused() -> None:
+    with pytest.raises(UserError, match="gpu_memory_gb"):
+        HardwareConfig(target="T4", sm=75)
+
+
+def test_this_machine_has_ram() -> None:
+    assert hardware.detect().ram > 10**8

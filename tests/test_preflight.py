@@ -225,6 +225,22 @@ def test_a_full_disk_is_foreseen(tiny_model: Path, rows: Path, tmp_path: Path, m
         preflight.check(config, Run.create(tmp_path / "run", ""))
 
 
+def test_training_on_a_gpu_that_is_only_described_is_refused(
+    tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight.hardware, "detect", lambda: machine(16 * 10**9))
+    described = HardwareConfig(target="T4", sm=75, gpu_memory_gb=15.0, ram_gb=12.7)
+    config = config_for(tiny_model, rows, hardware=described, model=ModelConfig(path=str(tiny_model)))
+    with pytest.raises(UserError, match="does not have"):
+        preflight.check(config, Run.create(tmp_path / "run", ""))
+    config.stages = ["preflight"]
+    run = Run.create(tmp_path / "asked", "")
+    preflight.check(config, run)
+    report = json.loads((run.dir / "preflight.json").read_text())
+    assert report["machine"] == "T4" and report["capacity_bytes"]["device"] == 15 * 10**9 - preflight.GPU_OVERHEAD
+    assert "probe" not in report
+
+
 def test_runs_before_the_first_stage_that_trains() -> None:
     assert with_preflight(["inspect", "sft", "grpo"]) == ["inspect", "preflight", "sft", "grpo"]
     assert with_preflight(["merge", "evaluate"]) == ["merge", "evaluate"]
