@@ -9,6 +9,9 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+STOP_WINDOW = 16
+"""Tokens at a completion's end in which a stop string is looked for."""
+
 
 @dataclass
 class Completion:
@@ -37,12 +40,14 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     advance: Callable[[int], None] = lambda count: None,
+    stop_strings: tuple[str, ...] = (),
 ) -> list[Completion]:
     """One completion for each prompt (token ids), in the prompts' order; greedy at temperature 0.
 
     Batches hold prompts of like length, and a prompt that is repeated is computed once per batch. Only the EOS tokens of the
     model's generation config act here, none of its sampling settings. Random numbers come from torch's global CPU generator,
-    on any device. `advance` is told how many are done.
+    on any device. `advance` is told how many are done. A completion also ends with the token that completes one of
+    `stop_strings`, which stays in its text; that is not `finished`.
     """
     stops = eos_ids(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]))
@@ -52,7 +57,8 @@ def generate(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         decoded = decode(
-            model, [prompts[index] for index in indices], stops, tokenizer.pad_token_id, max_new_tokens, temperature, top_p, top_k
+            model, [prompts[index] for index in indices], stops, tokenizer.pad_token_id, max_new_tokens, temperature, top_p, top_k,
+            lambda ids: any(string in tokenizer.decode(ids[-STOP_WINDOW:]) for string in stop_strings),
         )
         for index, (ids, logprobs, entropy) in zip(indices, decoded, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -64,7 +70,7 @@ def generate(
 
 def decode(
     model: "PreTrainedModel", prompts: list[list[int]], stops: list[int], pad: int, max_new_tokens: int,
-    temperature: float, top_p: float, top_k: int,
+    temperature: float, top_p: float, top_k: int, stopped: Callable[[list[int]], bool] = lambda ids: False,
 ) -> list[tuple[list[int], list[float], float]]:
     """(ids, log-probabilities, mean entropy) for each prompt of one batch.
 
@@ -86,10 +92,14 @@ def decode(
     stop = torch.tensor(stops, device=model.device)
     for length in range(1, max_new_tokens + 1):
         tokens, logprobs, entropies = sample(logits, temperature, top_p, top_k)
-        for row, *values in zip(alive, tokens.tolist(), logprobs.tolist(), entropies.tolist(), strict=True):
-            for series, value in zip(sampled[row], values, strict=True):
-                series.append(value)
+        for row, token, logprob, entropy in zip(alive, tokens.tolist(), logprobs.tolist(), entropies.tolist(), strict=True):
+            sampled[row][0].append(token)
+            sampled[row][1].append(logprob)
+            sampled[row][2].append(entropy)
         going = ~torch.isin(tokens, stop)
+        for place, row in enumerate(alive):
+            if stopped(sampled[row][0]):
+                going[place] = False
         if length == max_new_tokens or not going.any():
             break
         if not going.all():
@@ -100,7 +110,7 @@ def decode(
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
         logits = forward(model, tokens[:, None], mask, position[:, None], cache)
         position = position + 1
-    return [(ids, logprobs, sum(entropies) / len(entropies)) for ids, logprobs, entropies in sampled]
+    return [(drawn, likely, sum(spread) / len(spread)) for drawn, likely, spread in sampled]
 
 
 def forward(model: "PreTrainedModel", ids: torch.Tensor, mask: torch.Tensor, position: torch.Tensor, cache: object) -> torch.Tensor:

@@ -42,6 +42,7 @@ class Trainer(GRPOTrainer):
         self.known_rewards: torch.Tensor | None = None
         self.sampled: tuple[Any, list[list[int]], torch.Tensor] = ([], [], torch.empty(0))
         self.last_logps = torch.empty(0)
+        self.micro_batches: list[dict[str, Any]] = []
         if settings.dynamic_sampling and self.accelerator.num_processes > 1:
             raise UserError(f"grpo.dynamic_sampling={settings.dynamic_sampling}: works in one process only. Set it to 0.")
 
@@ -140,10 +141,10 @@ class Trainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's buffer of micro-batches without its shuffle: a group stays together, so its prompt is computed once."""
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or not self.micro_batches:
             batch = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+            self.micro_batches = split_tensor_dict(batch, self.args.steps_per_generation)
+        return self.micro_batches[self._step % self.args.steps_per_generation]
 
     # -- scoring and loss -----------------------------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ class Trainer(GRPOTrainer):
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(log-probabilities, entropies, None) of the last `logits_to_keep` tokens, from the dense copy of the active adapter."""
-        if not self.scores_densely:
+        if self.dense is None or not self.scores_densely:
             scored = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **options
             )

@@ -23,7 +23,7 @@ from finetune.rewards.arithmetic import equations
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Verifier = Callable[..., list[list[float | None]]]
+Verifier = Callable[..., Any]
 
 
 @dataclass

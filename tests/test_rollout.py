@@ -15,6 +15,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10]] * 3 + [[5, 6, 11]] * 3 + [[12] * 9]
 
 def policy(folder: Path, dtype: torch.dtype = torch.float32, nf4: bool = False, **lora: object) -> PeftModel:
     """The model with an adapter that is not zero."""
+    torch.manual_seed(0)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
