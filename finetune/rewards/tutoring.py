@@ -2,7 +2,7 @@
 
 What they read: `prompts` (the dialogue so far; the student is the user), `answer`, `solution` (the reference), and in `meta`
 (JSON) question, moves (the teacher's labelled moves, MathDial: one list a teacher turn) and strategy (the expert's, Bridge).
-An empty turn earns 0 in each. Teacher moves are those of MathDial (arXiv 2305.14536, table 2): focus and probing guide the student, telling
+An empty turn earns 0 in each. Teacher moves are those of MathDial (arXiv 2305.14536): focus and probing guide the student, telling
 states something, generic greets or praises.
 """
 
@@ -18,7 +18,7 @@ from finetune.rewards.arithmetic import equations, numbers
 TRIES = 3
 """Student turns with work in them, the opening one included, after which the tutor may say the answer."""
 FITTING_WORDS = 40
-"""Words that a student reads without losing the thread: 95 of 100 expert turns in MathDial and Bridge are no longer."""
+"""Words that a student reads without losing the thread: about 95 of 100 expert turns in MathDial and Bridge are no longer."""
 TOO_MANY_WORDS = 120
 
 STRATEGY_MOVES = {
@@ -26,7 +26,7 @@ STRATEGY_MOVES = {
     "provide_similar_problem": "probing", "provide_example": "telling", "explain_concept": "telling", "provide_correction": "telling",
     "provide_solution": "telling", "affirm_correct_answer": "generic", "encourage_student": "generic",
 }
-"""Bridge's strategies (arXiv 2310.10648, table 2) as teacher moves."""
+"""Bridge's strategies (arXiv 2310.10648) as teacher moves."""
 
 _INVITES = re.compile(
     r"\?|\b(?:try|check|re-?check|explain|show|tell me|walk me|talk me|think|re-?read|re-?calculate|re-?do|look|have another|consider|"
@@ -85,7 +85,7 @@ def turns(
     found = []
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         facts = json.loads(meta[index]) if meta is not None else {}
-        question = facts.get("question", "")
+        question = facts.get("question") or ""
         tutor = [message["content"] for message in prompt if message["role"] == "assistant"]
         student = [message["content"].replace(question, "", 1) if question else message["content"]
                    for message in prompt if message["role"] == "user"]
