@@ -9,7 +9,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
 from finetune import data, hardware, models, packing, training, validation, variants
@@ -27,6 +27,9 @@ class Trainer(SFTTrainer):
 
     TRL does so too, but only where Triton runs; elsewhere it projects every position (trl.trainer.utils.add_fused_lm_head).
     """
+
+    control: TrainerControl
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self, *args: Any, metrics: training.Metrics, validate: validation.Validation | None = None, loraplus_ratio: float | None = None,
