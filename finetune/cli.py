@@ -51,7 +51,7 @@ def main() -> None:
             print(usage.list_recipes(arguments) + "\nRun one with: python -m finetune recipe=NAME", file=sys.stderr)
             sys.exit(2)
         # argparse wants Hydra's own options before the overrides.
-        overrides = [open_mapping(argument) for argument in arguments if "=" in argument and not argument.startswith("-")]
+        overrides = [open_mapping(quote_letters(argument)) for argument in arguments if "=" in argument and not argument.startswith("-")]
         sys.argv[1:] = [argument for argument in arguments if "=" not in argument or argument.startswith("-")] + overrides
         ConfigStore.instance().store(name="schema", node=Config)
         hydra.main(version_base="1.3", config_path=str(usage.RECIPES), config_name="config")(run_job)()
@@ -63,6 +63,12 @@ def main() -> None:
             traceback.print_exc()
         print(f"Error: {explain(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def quote_letters(argument: str) -> str:
+    """`data.path=Übung.csv` as Hydra wants it: its grammar knows letters beyond ASCII in quotes only."""
+    key, _, value = argument.partition("=")
+    return argument if value.isascii() or any(mark in value for mark in "'\"[{") else f"{key}='{value}'"
 
 
 def open_mapping(argument: str) -> str:
@@ -171,6 +177,8 @@ def start_logging(path: Path) -> None:
     terminal = RichHandler(console=Console(stderr=True), show_path=False, level=logging.INFO, log_time_format="%H:%M:%S")
     log.addHandler(to_file)
     log.addHandler(terminal)
+    # bitsandbytes 0.50 says at each import on a CPU that an optional hub kernel is absent; we neither need nor fetch it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def explain(error: Exception) -> str:

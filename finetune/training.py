@@ -40,8 +40,6 @@ def prepare_machine(config: Config, choices: Choices) -> None:
     datasets.disable_progress_bars()
     # Said about gradient_checkpointing, whose new name trl 1.16 does not take yet.
     warnings.filterwarnings("ignore", message=".*activation_checkpointing.*", category=FutureWarning)
-    # bitsandbytes 0.50 offers an optional hub kernel for CPU inference at each start; we neither need nor fetch it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
     if choices.device == "cpu":
