@@ -265,7 +265,9 @@ def misfits(
             )
         if sum(need.ram.values()) > capacity["ram"]:
             yield f"{need.stage} takes {gb(sum(need.ram.values()))} of RAM, and there are {gb(capacity['ram'])}."
-    total = sum(sum(need.disk.values()) for need in needs)
+    # sft and grpo share the NF4 cache.
+    cache = max((need.disk.get("NF4 cache", 0) for need in needs), default=0)
+    total = cache + sum(size for need in needs for what, size in need.disk.items() if what != "NF4 cache")
     if total > capacity["disk"]:
         yield (
             f"The run writes {gb(total)}, and {gb(capacity['disk'])} are free on the disk. Free some space, "
@@ -290,7 +292,7 @@ def cheapest_change(stage: str, capacity: int, config: Config, base: Path, choic
 
 def changes(stage: str, config: Config) -> Iterator[dict[str, Any]]:
     """Changes that save memory, the cheapest first: NF4, a smaller micro-batch (same effective batch), recomputed activations (a
-    third slower), sampling from the policy itself (slower), and last a shorter length, which costs data."""
+    third slower), sampling from the policy itself (slower) and fewer completions at a time, and last a shorter length, which costs data."""
     if stage == "evaluate":
         for power in range(1, config.evaluate.batch_size.bit_length()):
             yield {"evaluate.batch_size": config.evaluate.batch_size >> power}
@@ -309,8 +311,14 @@ def changes(stage: str, config: Config) -> Iterator[dict[str, Any]]:
     if stage == "grpo" and config.grpo.engine != "policy":
         yield least | {"grpo.engine": "policy"}
         least |= {"grpo.engine": "policy"}
+    if stage == "grpo":
+        size = config.grpo.batch_size // 2
+        while size >= config.grpo.group_size and size % config.grpo.group_size == 0:
+            yield least | {"grpo.batch_size": size}
+            size //= 2
     key, length = ("max_length", config.sft.max_length) if stage == "sft" else ("max_completion_length", config.grpo.max_completion_length)
-    while length > 128:
+    shortest = max(64, 0 if stage == "sft" else config.grpo.overlong_buffer)
+    while length // 2 > shortest:
         length //= 2
         yield least | {f"{stage}.{key}": length}
 

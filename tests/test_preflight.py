@@ -12,7 +12,16 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune import memory, models, packing, preflight, sft
-from finetune.config import Config, DataConfig, EvaluateConfig, HardwareConfig, LoraConfig, ModelConfig, SftConfig
+from finetune.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    GrpoConfig,
+    HardwareConfig,
+    LoraConfig,
+    ModelConfig,
+    SftConfig,
+)
 from finetune.errors import UserError
 from finetune.hardware import Choices, Machine
 from finetune.pipeline import with_preflight
@@ -216,6 +225,15 @@ def test_the_proposed_change_is_the_cheapest_that_fits(tiny_model: Path, rows: P
         change = preflight.cheapest_change("sft", limit, config, tiny_model, choices, shape)
         assert change is not None and expected in change
     assert preflight.cheapest_change("sft", 1000, config, tiny_model, choices, shape) is None
+
+
+def test_sampling_that_does_not_fit_is_made_smaller(tiny_model: Path, rows: Path) -> None:
+    config = config_for(tiny_model, rows, grpo=GrpoConfig(batch_size=64, group_size=8, micro_batch_size=1, gradient_checkpointing=True))
+    choices, shape = Choices("cpu", "float32", "sdpa", "nf4", ()), preflight.Shape((), 40)
+    full = preflight.grpo_need(config, tiny_model, choices, shape).device
+    assert full["KV cache or activations and logits"] == preflight.kv_cache(tiny_model, "float32", 64 * (40 + 512))
+    change = preflight.cheapest_change("grpo", sum(full.values()) * 6 // 10, config, tiny_model, choices, shape)
+    assert change is not None and "grpo.batch_size=32" in change
 
 
 def test_a_full_disk_is_foreseen(tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
