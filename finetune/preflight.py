@@ -91,6 +91,10 @@ def check(config: Config, run: Run) -> Result:
     base = models.resolve(config.model.path)
     stages = accounted_stages(config)
     costs, shape, rows = data_costs(config, run, base, stages)
+    if "grpo" in stages and config.grpo.engine == "auto" and choices.device == "cuda":
+        # As rollout.choose does: a dense copy only where it takes no more than half of what is free.
+        free = usable(machine, choices) - memory.weight_bytes(base, choices.dtype, choices.quantization)
+        config = with_key(config, "grpo.engine", "dense" if 2 * dense_copy(base, choices.dtype) <= free else "policy")
     needs = [NEEDS[stage](config, base, choices, shape) for stage in stages]
     free_disk = config.hardware.disk_gb * 10**9 if config.hardware.disk_gb else shutil.disk_usage(run.dir).free
     capacity = {"device": usable(machine, choices), "ram": machine.ram, "disk": int(free_disk)}
@@ -171,7 +175,7 @@ def grpo_need(config: Config, base: Path, choices: Choices, shape: Shape) -> Nee
         completion=settings.max_completion_length,
     )
     account = memory.training_step(base, config.lora, step)
-    dense = memory.weight_bytes(base, choices.dtype, "none") - shared_bytes(base, choices.dtype)
+    dense = dense_copy(base, choices.dtype)
     cache = kv_cache(base, choices.dtype, settings.batch_size * lengths[0])
     # Sampling and the training step take turns: the larger of the two counts.
     device = {
@@ -229,9 +233,10 @@ def stored_bytes(base: Path) -> int:
     return sum(info.nbytes for info in Checkpoint(base).tensors.values())
 
 
-def shared_bytes(base: Path, dtype: str) -> int:
-    """Bytes of what the dense copy shares with the policy: everything but the linear layers inside."""
-    return sum(p.nbytes for p in memory.skeleton(base, dtype, "nf4").parameters() if p.dtype != torch.uint8)
+def dense_copy(base: Path, dtype: str) -> int:
+    """Bytes of the dense copy that GRPO samples from: the linear layers; everything else is shared with the policy."""
+    shared = sum(p.nbytes for p in memory.skeleton(base, dtype, "nf4").parameters() if p.dtype != torch.uint8)
+    return memory.weight_bytes(base, dtype, "none") - shared
 
 
 def kv_cache(base: Path, dtype: str, tokens: int) -> int:
