@@ -51,7 +51,7 @@ class Detector:
             if reason is not None:
                 return Contaminated(example.id, reason, name)
         for name, keys in self.keys.items():
-            if any(question_key(text) in keys for text in shown(example)):
+            if keys and any(question_key(text) in keys for text in shown(example)):
                 return Contaminated(example.id, "normalised", name)
         return None
 

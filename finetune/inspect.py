@@ -78,10 +78,15 @@ class Seen:
 
 def tokens_between(encoding: "Encoding", start: int, end: int) -> int:
     """Tokens that begin in the characters start .. end - 1; characters that belong to no token (blanks, in some tokenizers) are passed."""
-    first = next((token for place in range(start, end) if (token := encoding.char_to_token(place)) is not None), None)
+    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+    while first is None and start < end - 1:
+        start += 1
+        first = encoding.char_to_token(start)
     if first is None:
         return 0
-    last = next(token for place in range(end - 1, start - 1, -1) if (token := encoding.char_to_token(place)) is not None)
+    while last is None:
+        end -= 1
+        last = encoding.char_to_token(end - 1)
     return last - first + (encoding.token_to_chars(first)[0] >= start)
 
 
@@ -126,8 +131,9 @@ def read(
                 seen.contaminated[f"{match.reason} in {match.found_in}"] += 1
                 if len(seen.contaminated_rows) < SHOWN:
                     seen.contaminated_rows.append(match._asdict())
-            example.messages, found = tokens.guard(example.messages)
-            seen.template_tokens += found
+            if any(tokens.find(message["content"]) for message in example.messages):
+                example.messages, found = tokens.guard(example.messages)
+                seen.template_tokens += found
             if len(seen.samples) < SAMPLES:
                 row = chats.encode(tokenizer, *training_or_prompt(example, config.data.prompt))
                 seen.samples.append({"id": example.id, "segments": chats.segments(tokenizer, row)})
