@@ -82,7 +82,7 @@ class SourceConfig:
 @dataclass
 class DataConfig:
     path: str = MISSING
-    """A file, a folder, a hub name, or `reasoning_gym:NAME` for generated problems."""
+    """A file, a folder, a hub name, or `reasoning_gym:NAME` for generated problems; beside `sources`, only a name for the mixture."""
     sources: list[SourceConfig] = field(default_factory=list)
     """A mixture in the place of `path`: a list of mappings with path, format, split, weight, cap, columns, filter, options."""
     format: str = "auto"

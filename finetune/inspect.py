@@ -87,7 +87,8 @@ def tokens_between(encoding: "Encoding", start: int, end: int) -> int:
     while last is None:
         end -= 1
         last = encoding.char_to_token(end - 1)
-    return last - first + (encoding.token_to_chars(first)[0] >= start)
+    whole = encoding.token_to_chars(first)
+    return last - first + (whole is not None and whole[0] >= start)
 
 
 def inspect(config: Config, run: Run) -> Result:
