@@ -1,6 +1,7 @@
 """What answers an evaluation's prompts: a model in this process, a GGUF file or an OpenAI-compatible server, behind one call."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -154,7 +155,8 @@ class Server:
         from openai import OpenAI, OpenAIError
 
         self._address = address
-        self._client = OpenAI(base_url=address.rstrip("/") if address.rstrip("/").endswith("/v1") else f"{address.rstrip('/')}/v1", max_retries=3)
+        root = address.rstrip("/").removesuffix("/v1")
+        self._client = OpenAI(base_url=f"{root}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=3)
         try:
             listed = [entry.id for entry in self._client.models.list()] if model is None else [model]
         except OpenAIError as error:

@@ -38,9 +38,8 @@ def summary(scores: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
 
 def references(turn: Example) -> dict[str, str]:
     """What tutors of the data said at this place: the dialogue's own, or MRBench's several (people and models) by their names."""
-    if turn.completion is not None:
-        return {"reference": turn.completion}
-    return {entry["tutor"]: entry["response"] for entry in turn.meta.get("responses", [])}
+    own = {"reference": turn.completion} if turn.completion is not None else {}
+    return own | {entry["tutor"]: entry["response"] for entry in turn.meta.get("responses", [])}
 
 
 def reference_summaries(turns: Sequence[Example]) -> dict[str, dict[str, Any]]:
