@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,35 +140,67 @@ def test_a_corrupted_adapter_given_by_the_user(tiny_run, tmp_path, tiny_model):
     assert_one_message(done, str(adapter), "damaged")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode != 0:
+def small_disk(folder: Path, megabytes: int) -> Path:
+    """A file system of this size, mounted at a new folder; unmounted by the caller."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("a small file system cannot be mounted here (needs root)")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    return folder
 
 
-def test_a_full_disk_is_one_message_and_leaves_earlier_results(small_disk, tiny_model):
-    done = finetune(
-        "recipe=sft", f"run_dir={small_disk / 'run'}", f"model.path={tiny_model}", "lora.r=64", "sft.max_steps=2", "sft.save_steps=1",
-        "sft.batch_size=4", "sft.micro_batch_size=4", "hardware.threads=1", "data.held_out=20", "data.options.size=100",
-    )
-    assert_one_message(done, "the disk", "full", "resume=")
-    assert (small_disk / "run" / "config.yaml").is_file()
-    assert not (small_disk / "run" / "sft" / "adapter").exists()
+def tiny_sft(run_dir: Path, model: Path) -> list[str]:
+    return [
+        "recipe=sft", f"run_dir={run_dir}", f"model.path={model}", "lora.r=4", "sft.max_steps=2", "sft.save_steps=1", "sft.batch_size=4",
+        "sft.micro_batch_size=4", "hardware.threads=1", "data.held_out=20", "data.options.size=100",
+    ]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path, tiny_model):
+    disk = small_disk(tmp_path / "disk", 1)
+    try:
+        done = finetune(*tiny_sft(disk / "run", tiny_model), "lora.r=64")
+        assert_one_message(done, "does not fit", "disk")
+        assert not (disk / "run" / "sft").exists()
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_midway_is_one_message_and_a_resume_goes_on(tmp_path, tiny_model):
+    disk = small_disk(tmp_path / "disk", 64)
+    try:
+        arguments = tiny_sft(disk / "run", tiny_model)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "finetune", *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        manifest = disk / "run" / "manifest.json"
+        deadline = time.monotonic() + 240
+        while not (manifest.exists() and '"sft"' in manifest.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.02)
+        with open(disk / "filler", "wb", buffering=0) as filler:
+            try:
+                while filler.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 2, errors
+        assert errors.count("Error: ") == 1 and "disk" in errors and "full" in errors and "Traceback" not in errors, errors
+        assert not (disk / "run" / "sft" / "adapter").exists()
+        (disk / "filler").unlink()
+        done = finetune(f"resume={disk / 'run'}")
+        assert done.returncode == 0, done.stderr
+        assert (disk / "run" / "sft" / "adapter" / "adapter_model.safetensors").is_file()
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory, tiny_model) -> Path:
     """A finished SFT run of two steps on the tiny model."""
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
-    done = finetune(
-        "recipe=sft", f"run_dir={run_dir}", f"model.path={tiny_model}", "lora.r=4", "sft.max_steps=2", "sft.batch_size=4",
-        "sft.micro_batch_size=4", "hardware.threads=1", "data.held_out=20", "data.path=reasoning_gym:chain_sum",
-        "data.options.size=100",
-    )
+    done = finetune(*tiny_sft(run_dir, tiny_model))
     assert done.returncode == 0, done.stderr
     return run_dir
