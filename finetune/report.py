@@ -39,7 +39,7 @@ def write(config: Config, run: Run) -> Result:
         inspected=inspected_sources(run),
         curves=[curve for stage in ("sft", "grpo") for curve in curves(run, stage)],
         results=results,
-        accuracy=accuracy_bars(results) if results else None,
+        accuracy=accuracy_bars(results) if results and "references" not in results else None,
         samples=samples(results["rows"]) if results else [],
         diagnosis=read_json(run.dir / "grpo" / "diagnosis.json"),
         sampled=read_samples(run.dir / "grpo" / "samples.jsonl"),
