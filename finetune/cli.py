@@ -48,7 +48,8 @@ def main() -> None:
         if not any(argument.startswith("recipe=") for argument in arguments) and not any(
             argument.startswith("--") and argument not in ("--multirun", "--config-dir") for argument in arguments
         ):
-            print(usage.list_recipes(arguments) + "\nRun one with: python -m finetune recipe=NAME", file=sys.stderr)
+            print(usage.list_recipes(arguments))
+            print("Run one with: python -m finetune recipe=NAME", file=sys.stderr)
             sys.exit(2)
         # argparse wants Hydra's own options before the overrides.
         overrides = [open_mapping(quote_letters(argument)) for argument in arguments if "=" in argument and not argument.startswith("-")]

@@ -34,7 +34,7 @@ def test_without_a_recipe_it_lists_them_and_exits_2():
     done = finetune()
     assert done.returncode == 2
     for path in (ROOT / "recipes" / "recipe").glob("*.yaml"):
-        line = next(line for line in done.stderr.splitlines() if line.split()[:1] == [path.stem])
+        line = next(line for line in done.stdout.splitlines() if line.split()[:1] == [path.stem])
         assert len(line.split()) > 3, f"recipe {path.stem} has no description"
 
 
@@ -88,7 +88,7 @@ def test_a_user_s_own_recipe_from_config_dir(tmp_path):
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\n# My own.\nstages: [sft]\nseed: 7\n")
     listed = finetune("--config-dir", str(tmp_path))
-    assert "mine" in listed.stderr and "My own." in listed.stderr
+    assert "mine" in listed.stdout and "My own." in listed.stdout
     shown = finetune("--config-dir", str(tmp_path), "recipe=mine", "--cfg", "job")
     assert shown.returncode == 0 and "seed: 7" in shown.stdout
 
