@@ -166,6 +166,14 @@ def default_run_dir(recipe: str) -> str:
     return f"outputs/{recipe}/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{time.time_ns() // 1000 % 1_000_000:06d}"
 
 
+class LogFile(logging.FileHandler):
+    """The run's log. Where it cannot be written (a full disk) it keeps still: the stage that meets the same fault reports it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def start_logging(path: Path) -> None:
     """Everything to `path`; information and above to the terminal."""
     log.setLevel(logging.DEBUG)
@@ -173,7 +181,7 @@ def start_logging(path: Path) -> None:
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file = LogFile(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     terminal = RichHandler(console=Console(stderr=True), show_path=False, level=logging.INFO, log_time_format="%H:%M:%S")
     log.addHandler(to_file)
