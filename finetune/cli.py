@@ -31,6 +31,9 @@ from finetune.run import Run
 FREE_ON_RESUME = ("recipe", "resume", "run_dir", "stages", "debug")
 """What may differ from the stored configuration when a run is resumed."""
 
+MISTAKES = (UserError, DataFormatError, HydraException, OmegaConfBaseException, OSError)
+"""What a user can cause and mend: one message, exit code 2."""
+
 log = logging.getLogger("finetune")
 
 
@@ -55,11 +58,24 @@ def main() -> None:
         overrides = [open_mapping(quote_letters(argument)) for argument in arguments if "=" in argument and not argument.startswith("-")]
         sys.argv[1:] = [argument for argument in arguments if "=" not in argument or argument.startswith("-")] + overrides
         ConfigStore.instance().store(name="schema", node=Config)
-        hydra.main(version_base="1.3", config_path=str(usage.RECIPES), config_name="config")(run_job)()
+        mistakes: list[Exception] = []
+
+        def job(composed: DictConfig) -> None:
+            """run_job, whose mistakes pass by Hydra, which would put a line of its own before our message."""
+            try:
+                run_job(composed)
+            except MISTAKES as error:
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    raise
+                mistakes.append(error)
+
+        hydra.main(version_base="1.3", config_path=str(usage.RECIPES), config_name="config")(job)()
+        if mistakes:
+            raise mistakes[0]
     except KeyboardInterrupt:
         print("\nStopped. What was finished is kept; go on with resume=DIR.", file=sys.stderr)
         sys.exit(130)
-    except (UserError, DataFormatError, HydraException, OmegaConfBaseException, OSError) as error:
+    except MISTAKES as error:
         if debug:
             traceback.print_exc()
         print(f"Error: {explain(error)}", file=sys.stderr)

@@ -24,7 +24,7 @@ def assert_one_message(done: subprocess.CompletedProcess[str], *parts: str) -> N
     """Exit code 2, one message with `parts`, no traceback."""
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error")]
     assert len(errors) == 1, done.stderr
     for part in parts:
         assert part in done.stderr, done.stderr

@@ -22,8 +22,8 @@ def run_dir(smollm2, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "road"
     done = subprocess.run(
         [
-            sys.executable, "-m", "finetune", "recipe=quickstart", f"run_dir={directory}", "sft.max_steps=6", "sft.batch_size=8",
-            "sft.micro_batch_size=8", "grpo.max_steps=1", "grpo.batch_size=16", "grpo.group_size=8", "grpo.max_completion_length=24",
+            sys.executable, "-m", "finetune", "recipe=quickstart", f"run_dir={directory}", "sft.max_steps=10", "sft.batch_size=8",
+            "sft.micro_batch_size=8", "grpo.max_steps=1", "grpo.batch_size=16", "grpo.group_size=8", "grpo.max_completion_length=24", "grpo.diagnosis=warn",
             "data.held_out=16", "evaluate.max_new_tokens=32", "export.targets=[safetensors,gguf,ollama]", "export.gguf_type=Q8_0",
         ],
         capture_output=True, text=True, cwd=directory.parent, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=1200,
