@@ -106,17 +106,18 @@ def run_job(composed: DictConfig) -> None:
     replace_mappings(composed, HydraConfig.get().overrides.task)
     config = to_config(composed, HydraConfig.get().runtime.choices["recipe"])
     overrides = HydraConfig.get().overrides.task
-    if config.resume is not None and (Path(config.resume) / "config.yaml").exists():
-        run = Run.open(Path(config.resume))
+    resume = config.resume
+    found = resume is not None and (Path(resume) / "config.yaml").exists()
+    if resume is not None and found:
+        run = Run.open(Path(resume))
         config = stored_config(run, config, overrides)
     else:
-        directory = config.resume or config.run_dir or default_run_dir(config.recipe)
-        config.run_dir = str(Path(directory).resolve())
-        config.resume = None
-        if config.resume is not None:
-            log.info("resume=%s holds no run yet: a new one starts there", directory)
+        directory = resume or config.run_dir or default_run_dir(config.recipe)
+        config.run_dir, config.resume = str(Path(directory).resolve()), None
         run = Run.create(Path(config.run_dir), OmegaConf.to_yaml(OmegaConf.structured(config)))
     start_logging(run.dir / "finetune.log")
+    if resume is not None and not found:
+        log.warning("resume=%s holds no run yet: a new one starts there", resume)
     log.info("recipe %s in %s: %s", config.recipe, run.dir, " -> ".join(config.stages))
     try:
         pipeline.run_stages(config, run)

@@ -110,6 +110,12 @@ def test_run_dir_below_a_file_cannot_be_written(tmp_path):
     assert_one_message(finetune("recipe=sft", f"run_dir={tmp_path / 'file' / 'run'}"), "cannot be written")
 
 
+def test_a_resume_where_no_run_is_starts_one_and_says_so(tmp_path):
+    done = finetune("recipe=sft", f"resume={tmp_path / 'run'}", "model.path=/no/such/model")
+    assert_one_message(done, "holds no run yet", "model.path=/no/such/model")
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
 def test_resume_of_another_recipe_s_run_and_with_another_setting(tiny_run):
     before = {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file() and path.name != ".lock"}
     assert_one_message(finetune("recipe=grpo", f"resume={tiny_run}"), "is a run of recipe 'sft'", "recipe=sft")
